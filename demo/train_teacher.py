@@ -1,0 +1,223 @@
+"""Train the demo's teacher: `python -m demo.train_teacher` (resumes from its last checkpoint).
+
+Objective: rectified flow; the UNet predicts noise minus image. So that the noun's row carries the whole concept,
+as in CLIP, many training samples show the denoiser only that row, or that row inside the caption without attributes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from pathlib import Path
+
+from . import host
+
+# isort: split
+import safetensors.torch
+import torch
+from comfy.ldm.modules.attention import attention_pytorch as optimized_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import CLIPTokenizer
+
+from . import model as demo_model
+from .captions import NOUNS, WORDS, Caption, compose, draw_caption, draw_factors
+from .world import render
+
+SEED = 2602
+BATCH = 64
+STEPS = 7500
+PEAK_RATE = 1.2e-3
+WARM_UP = 300
+EMA = 0.999
+# Shares of the training samples by what the denoiser sees: every row, the noun's row alone, the noun's row inside
+# the rows of the caption without attributes; the rest sees the empty caption, for guidance.
+FULL, ALONE, INSIDE = 0.40, 0.27, 0.25
+HIGHEST_NOISE = 0.08
+OUT = demo_model.WEIGHTS.parent / "training"
+
+
+class Words:
+    """Captions to token ids, without a host CLIP object: the tables are small and the loop is hot."""
+
+    def __init__(self) -> None:
+        tokenizer = CLIPTokenizer.from_pretrained(host.path() / "comfy" / "sd1_tokenizer")
+        vocabulary = ["a", *NOUNS, *(word for words in WORDS.values() for word in words)]
+        self.ids = {word: tokenizer(word)["input_ids"] for word in vocabulary}
+        if any(len(ids) != 3 for ids in self.ids.values()):
+            raise ValueError("every word of the demo world must be one CLIP token")
+        self.used = sorted({i for ids in self.ids.values() for i in ids})
+
+    def encode(self, captions: list[str]) -> torch.Tensor:
+        """(N, 16) token ids: start, the words, end tokens to fill."""
+        rows = torch.full((len(captions), demo_model.MAX_TOKENS), demo_model.END_TOKEN)
+        rows[:, 0] = 49406
+        for row, caption in zip(rows, captions, strict=True):
+            for position, word in enumerate(caption.split()):
+                row[position + 1] = self.ids[word][1]
+        return rows
+
+
+def initialise(module: torch.nn.Module) -> None:
+    """Torch's default initial weights (the host's layers leave theirs unset); residual branches end at zero."""
+    for name, part in module.named_modules():
+        for kind in (torch.nn.Linear, torch.nn.Conv2d, torch.nn.GroupNorm, torch.nn.LayerNorm):
+            if isinstance(part, kind):
+                kind.reset_parameters(part)
+        if name.endswith(("out_layers.3", "proj_out", "out.2", "ff.net.2", "to_out.0")):
+            torch.nn.init.zeros_(part.weight)
+            torch.nn.init.zeros_(part.bias)
+
+
+class TextEncoder(torch.nn.Module):
+    """The host's text transformer as training needs it: only the used rows of the token table, nothing in place."""
+
+    def __init__(self, words: Words) -> None:
+        super().__init__()
+        self.transformer = demo_model.new_text_transformer()
+        initialise(self.transformer)
+        self.words = words
+        table = demo_model.token_table()
+        self.rows = torch.nn.Parameter(table[words.used])
+        self.register_buffer("index", torch.zeros(demo_model.VOCABULARY, dtype=torch.long), persistent=False)
+        self.index[words.used] = torch.arange(len(words.used))
+        embeddings = self.transformer.text_model.embeddings
+        with torch.no_grad():
+            torch.nn.init.normal_(embeddings.position_embedding.weight, std=0.1)
+        embeddings.token_embedding = torch.nn.Identity()
+
+    def forward(self, captions: list[str]) -> torch.Tensor:
+        """(N, 16, 128) rows, zero after the end token: what the host's CLIP object returns."""
+        tokens = self.words.encode(captions)
+        model = self.transformer.text_model
+        x = self.rows[self.index[tokens]] + model.embeddings.position_embedding.weight
+        mask = torch.full((x.shape[1], x.shape[1]), -torch.inf).triu_(1)
+        for layer in model.encoder.layers:
+            x = x + layer.self_attn(layer.layer_norm1(x), mask, optimized_attention)
+            x = x + layer.mlp(layer.layer_norm2(x))
+        ended = torch.cumsum(tokens == demo_model.END_TOKEN, 1)
+        return model.final_layer_norm(x) * (ended <= 1)[..., None]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The transformer's state dict with the token table filled in."""
+        table = demo_model.token_table()
+        table[self.words.used] = self.rows.detach()
+        return {**self.transformer.state_dict(), demo_model.TOKEN_TABLE: table}
+
+
+def conditioning(text: TextEncoder, captions: list[Caption], generator: torch.Generator) -> torch.Tensor:
+    """The training conditioning: captions with rows hidden, in the shares given above."""
+    full = text([c.text for c in captions])
+    bare = text([c.bare for c in captions])
+    empty = text([""])
+    place = torch.tensor([len(c.text.split()) for c in captions])
+    every = torch.arange(len(captions))
+    noun = full[every, place]
+    alone = torch.zeros_like(full)
+    alone[every, place] = noun
+    inside = bare.clone()
+    inside[:, 2] = noun
+    draw = torch.rand(len(captions), 1, 1, generator=generator)
+    out = torch.where(draw < FULL, full, torch.where(draw < FULL + ALONE, alone, inside))
+    return torch.where(draw < FULL + ALONE + INSIDE, out, empty.expand_as(full))
+
+
+def draw_sigma(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Noise levels for training: uniform in the schedule's time, and a share at the very highest."""
+    time_ = torch.rand(count, generator=generator)
+    shift = demo_model.SAMPLING["shift"]
+    sigma = shift * time_ / (1 + (shift - 1) * time_)
+    highest = torch.rand(count, generator=generator) < HIGHEST_NOISE
+    return torch.where(highest, torch.ones_like(sigma), sigma)
+
+
+def batch_of(step: int, size: int, vae: demo_model.PatchVAE) -> tuple[list[Caption], torch.Tensor, torch.Generator]:
+    """Captions, their clean latents and the step's own generator: step i is the same in a resumed run."""
+    generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
+    captions = [draw_caption(generator) for _ in range(size)]
+    images = render(draw_factors(captions, generator))
+    return captions, vae.encode_small(images.movedim(-1, 1) * 2 - 1), generator
+
+
+def fit_vae() -> demo_model.PatchVAE:
+    """The VAE, fitted to 4,000 images of the world."""
+    generator = torch.Generator().manual_seed(SEED)
+    captions = [compose("thing", []) for _ in range(4000)]
+    vae = demo_model.PatchVAE()
+    vae.fit(render(draw_factors(captions, generator)).movedim(-1, 1) * 2 - 1)
+    return vae
+
+
+def velocity(unet: torch.nn.Module, noisy: torch.Tensor, sigma: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    """The UNet's output in bfloat16 arithmetic, float32 outside."""
+    with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        out = unet(noisy, sigma * demo_model.SAMPLING["multiplier"], context=context)
+    return out.float()
+
+
+def save_atomic(state: dict, path: Path) -> None:
+    """Write a training checkpoint so that a crash leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+def train(steps: int, out: Path) -> None:
+    """Train to `steps`, writing `teacher.safetensors`, a log and a checkpoint every 500 steps."""
+    torch.manual_seed(SEED)
+    words, vae = Words(), fit_vae()
+    unet, text = demo_model.new_unet().diffusion_model, TextEncoder(words)
+    initialise(unet)
+    both = torch.nn.ModuleList([unet, text]).requires_grad_(True)
+    parameters = list(both.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    average = copy.deepcopy(both).requires_grad_(False)
+    start, seconds, log = 0, 0.0, []
+    state_file = out / "teacher.pt"
+    if state_file.is_file():
+        state = torch.load(state_file, weights_only=True)
+        both.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, seconds, log = state["step"], state["seconds"], state["log"]
+    began, running = time.monotonic() - seconds, 0.0
+    for step in range(start, steps):
+        rate = PEAK_RATE * min(1, (step + 1) / WARM_UP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        captions, clean, generator = batch_of(step, BATCH, vae)
+        sigma = draw_sigma(BATCH, generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        level = sigma[:, None, None, None]
+        noisy = (1 - level) * clean + level * noise
+        context = conditioning(text, captions, generator)
+        loss = ((velocity(unet, noisy, sigma, context) - (noise - clean)) ** 2).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        decay = min(EMA, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), parameters, 1 - decay)
+        running += loss.item()
+        if (step + 1) % 100 == 0:
+            log.append([step + 1, running / 100, time.monotonic() - began])
+            print(f"step {step + 1}  loss {running / 100:.4f}  {time.monotonic() - began:.0f} s", flush=True)
+            running = 0.0
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            seconds = time.monotonic() - began
+            state = {"model": both.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+            save_atomic({**state, "step": step + 1, "seconds": seconds, "log": log}, state_file)
+            packed = demo_model.pack(average[0].state_dict(), average[1].weights(), vae, words.used)
+            safetensors.torch.save_file(packed, out / "teacher.safetensors")
+            (out / "teacher.json").write_text(json.dumps({"seconds": seconds, "steps": step + 1, "loss": log}))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--out", type=Path, default=OUT)
+    arguments = parser.parse_args()
+    train(arguments.steps, arguments.out)

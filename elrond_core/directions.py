@@ -1,0 +1,70 @@
+"""Directions of a concept's rows: what every decomposition returns and every steering node takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .errors import ElrondError
+from .provenance import Provenance
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Unit directions of a concept, best first.
+
+    Attributes:
+        vectors: float32, (K, R, d): K directions over the R rows of the concept, each of unit norm over R·d.
+        scores: float32, (K,): what the method ranks by (explained variance ratio, firing density, …).
+        method: the method's name and settings, such as {"name": "pca", "significance": "2.5"}.
+        provenance: where they come from.
+        names: one name a direction; empty where nobody gave one.
+        score_name: what `scores` is, in words, for reports and axes.
+    """
+
+    vectors: torch.Tensor
+    scores: torch.Tensor
+    method: dict[str, str]
+    provenance: Provenance
+    names: tuple[str, ...] = ()
+    score_name: str = "score"
+    stars: tuple[bool, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.vectors.ndim != 3 or self.scores.shape != self.vectors.shape[:1]:
+            raise ElrondError(
+                f"Directions must be (K, rows, d) with K scores, got {tuple(self.vectors.shape)} "
+                f"and {tuple(self.scores.shape)}."
+            )
+        for name, default in (("names", ""), ("stars", False)):
+            if not getattr(self, name):
+                object.__setattr__(self, name, (default,) * len(self.vectors))
+            elif len(getattr(self, name)) != len(self.vectors):
+                raise ElrondError(f"{len(self.vectors)} directions need as many {name}.")
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    @property
+    def width(self) -> int:
+        """d, the width of one conditioning row."""
+        return self.vectors.shape[2]
+
+    def pick(self, index: int) -> torch.Tensor:
+        """Direction `index`, (R, d).
+
+        Raises:
+            ElrondError: if there is no such direction.
+        """
+        if not 0 <= index < len(self):
+            raise ElrondError(f"There is no direction {index}: this set holds 0 to {len(self) - 1}.")
+        return self.vectors[index]
+
+
+def fix_signs(vectors: torch.Tensor) -> torch.Tensor:
+    """Flip directions (K, …) so that the entry of largest magnitude of each is positive."""
+    flat = vectors.flatten(1)
+    largest = flat.gather(1, flat.abs().argmax(1, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0).to(vectors.dtype)
+    return (flat * sign).reshape(vectors.shape)

@@ -1,0 +1,147 @@
+"""Streaming moments of gradients: all that PCA and the intrinsic dimension need, in the space of one covariance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .errors import ElrondError
+from .gradients import Gradients
+from .provenance import Provenance
+
+_BLOCK = 2048
+
+
+@dataclass
+class Moments:
+    """Count, mean and scatter of vectors of R rows by d, accumulated in float64.
+
+    Attributes:
+        rows: R, the rows of the concept.
+        width: d, the width of one row.
+        provenance: where the vectors come from; its `count` follows `count`.
+        count: N, vectors seen so far.
+        mean: float64, (R·d,).
+        scatter: float64, (R·d, R·d): sum of (x - mean)(x - mean)ᵀ.
+    """
+
+    rows: int
+    width: int
+    provenance: Provenance
+    count: int
+    mean: torch.Tensor
+    scatter: torch.Tensor
+
+    @classmethod
+    def empty(cls, rows: int, width: int, provenance: Provenance) -> Moments:
+        """Moments of no vectors yet."""
+        size = rows * width
+        zeros = torch.zeros(size, dtype=torch.float64)
+        return cls(rows, width, provenance.with_(count=0), 0, zeros, torch.zeros(size, size, dtype=torch.float64))
+
+    @classmethod
+    def of(cls, gradients: Gradients) -> Moments:
+        """Moments of a whole set of gradients.
+
+        Raises:
+            ElrondError: if a gradient is not finite.
+        """
+        _, rows, width = gradients.vectors.shape
+        moments = cls.empty(rows, width, gradients.provenance)
+        moments.add(gradients.vectors)
+        return moments
+
+    @property
+    def size(self) -> int:
+        """R·d, the length of one vector."""
+        return self.rows * self.width
+
+    def add(self, batch: torch.Tensor) -> None:
+        """Add vectors, float (B, R, d) or (B, R·d).
+
+        Raises:
+            ElrondError: if the width differs, or a vector is not finite (named by its place among all added).
+        """
+        flat = batch.flatten(1)
+        if flat.shape[1] != self.size:
+            raise ElrondError(f"These moments are of vectors of {self.size} values, and the batch has {flat.shape[1]}.")
+        require_finite(flat, self.count)
+        for block in flat.split(_BLOCK):
+            values = block.double()
+            mean = values.mean(0)
+            centred = values - mean
+            self._combine(len(values), mean, centred.T @ centred)
+
+    def merge(self, other: Moments) -> None:
+        """Add all that `other` has seen; the two may come from different machines.
+
+        Raises:
+            ElrondError: if the two are of vectors of different shape or model family.
+        """
+        if (self.rows, self.width) != (other.rows, other.width):
+            raise ElrondError(
+                f"Moments of {self.rows} x {self.width} values cannot be merged with {other.rows} x {other.width}."
+            )
+        if self.provenance.family != other.provenance.family:
+            raise ElrondError(
+                f"Moments of {self.provenance.family} cannot be merged with moments of {other.provenance.family}."
+            )
+        self._combine(other.count, other.mean, other.scatter)
+
+    def covariance(self) -> torch.Tensor:
+        """Unbiased covariance, float64 (R·d, R·d).
+
+        Raises:
+            ElrondError: if there are fewer than two vectors.
+        """
+        if self.count < 2:
+            raise ElrondError(f"A covariance needs at least 2 gradients, got {self.count}.")
+        return self.scatter / (self.count - 1)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What to save: `shape` int64 (3,) of N, R, d; `mean` and `scatter` float64."""
+        shape = torch.tensor([self.count, self.rows, self.width])
+        return {"shape": shape, "mean": self.mean, "scatter": self.scatter}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor], provenance: Provenance) -> Moments:
+        """The inverse of `tensors`.
+
+        Raises:
+            ElrondError: if a tensor is missing or has the wrong shape.
+        """
+        try:
+            count, rows, width = tensors["shape"].tolist()
+            mean, scatter = tensors["mean"].double(), tensors["scatter"].double()
+        except (KeyError, ValueError) as error:
+            raise ElrondError("Moments need the tensors shape (3 numbers), mean and scatter.") from error
+        size = rows * width
+        if count < 0 or mean.shape != (size,) or scatter.shape != (size, size):
+            raise ElrondError(
+                f"Moments of {rows} x {width} values do not fit a mean of {tuple(mean.shape)} "
+                f"and a scatter of {tuple(scatter.shape)}."
+            )
+        return cls(rows, width, provenance.with_(count=count), count, mean, scatter)
+
+    def _combine(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
+        """Chan, Golub and LeVeque (1983): moments of a union from those of its parts."""
+        if count == 0:
+            return
+        total = self.count + count
+        shift = mean - self.mean
+        self.scatter = torch.addr(self.scatter + scatter, shift, shift, alpha=self.count * count / total)
+        self.mean = self.mean + shift * (count / total)
+        self.count = total
+        self.provenance = self.provenance.with_(count=total)
+
+
+def require_finite(vectors: torch.Tensor, first: int = 0) -> None:
+    """Refuse vectors (N, …) that are not finite.
+
+    Raises:
+        ElrondError: naming the first bad row, counted from `first`.
+    """
+    finite = torch.isfinite(vectors.flatten(1)).all(1)
+    if not finite.all():
+        raise ElrondError(f"Gradient {first + int(finite.long().argmin())} is not finite (NaN or infinity).")

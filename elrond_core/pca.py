@@ -1,0 +1,146 @@
+"""Principal components of gradients: step 5 of ELROND (arXiv 2602.10216)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from .directions import Directions, fix_signs
+from .errors import ElrondError
+from .gradients import Gradients
+from .moments import Moments, require_finite
+
+Rule = Literal["width", "samples"]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenvalues of a decomposition and where it was cut.
+
+    Attributes:
+        eigenvalues: float64, (P,), descending and not negative.
+        threshold: the eigenvalue above which a component is significant.
+        kept: number of components kept.
+        count: N, the number of gradients.
+        size: R·d, the length of one gradient.
+        name: what an eigenvalue is, for axes and reports.
+        ridge: what was added to the diagonal of the metric, for decompositions that have one.
+    """
+
+    eigenvalues: torch.Tensor
+    threshold: float
+    kept: int
+    count: int
+    size: int
+    name: str = "variance"
+    ridge: float = 0.0
+
+    @property
+    def significant(self) -> int:
+        """Number of eigenvalues above the threshold."""
+        return int((self.eigenvalues > self.threshold).sum())
+
+    @property
+    def ratios(self) -> torch.Tensor:
+        """Each eigenvalue's share of their sum, float64 (P,)."""
+        return self.eigenvalues / self.eigenvalues.sum()
+
+    @property
+    def note(self) -> str:
+        """One sentence on what was kept."""
+        if not self.significant:
+            return "No component is above the threshold; the leading one was kept."
+        if self.kept < self.significant:
+            return f"{self.significant} components are above the threshold; the leading {self.kept} were kept."
+        return f"{self.kept} components are above the threshold and were kept."
+
+
+def fit_pca(
+    source: Gradients | Moments, *, significance: float = 2.5, rule: Rule = "width", limit: int = 64
+) -> tuple[Directions, Spectrum]:
+    """Principal components of the centred gradients, those of significant variance.
+
+    Exact, whichever of N and R·d is larger: the smaller of the covariance and the Gram matrix is factorised (LAPACK,
+    float64). The rows of a concept are one long vector, so the `d` of the published rule is R·d here.
+
+    Args:
+        source: gradients, or their moments where the gradients themselves were not kept.
+        significance: C; a component is significant if its share of the variance is above C/(R·d).
+        rule: "width" for C/(R·d) as published; "samples" for C/min(N, R·d), stricter when there are few gradients.
+        limit: keep at most this many.
+
+    Returns:
+        Directions (K, R, d) of unit norm, best first, K ≥ 1, with explained-variance ratios as scores and the entry of
+        largest magnitude positive; and the whole spectrum of min(N, R·d) variances.
+
+    Raises:
+        ElrondError: if there are fewer than two gradients, one is not finite, all are the same, or an option is out of
+            range.
+    """
+    check_options(significance, limit)
+    if rule not in ("width", "samples"):
+        raise ElrondError(f'The significance rule must be "width" or "samples", got "{rule}".')
+    count, size = (source.count, source.size) if isinstance(source, Moments) else (len(source), source.flat.shape[1])
+    if count < 2:
+        raise ElrondError(f"A decomposition needs at least 2 gradients, got {count}.")
+
+    if isinstance(source, Gradients) and count < size:
+        require_finite(source.flat)
+        values = source.flat.double()
+        mean = values.mean(0)
+        centred = values - mean
+        eigenvalues, left = descending(centred @ centred.T)
+        eigenvalues = eigenvalues / (count - 1)
+        rows, width = source.vectors.shape[1:]
+        provenance = source.provenance
+    else:
+        moments = source if isinstance(source, Moments) else Moments.of(source)
+        mean, centred = moments.mean, None
+        eigenvalues, left = descending(moments.covariance())
+        eigenvalues = eigenvalues[: min(count, size)]
+        rows, width, provenance = moments.rows, moments.width, moments.provenance
+
+    total = float(eigenvalues.sum())
+    # What rounding leaves of identical gradients, relative to their length.
+    if total <= 1e-20 * float(mean.square().sum()) or total == 0:
+        raise ElrondError("All gradients are the same, so there is nothing to decompose.")
+    spectrum = cut(
+        eigenvalues, significance / (size if rule == "width" else min(count, size)) * total, limit, count, size
+    )
+    vectors = left[:, : spectrum.kept]
+    if centred is not None:
+        vectors = centred.T @ vectors
+    vectors = (vectors / vectors.norm(dim=0)).T.reshape(-1, rows, width).float()
+    method = {"name": "pca", "significance": f"{significance:g}", "rule": rule, "limit": str(limit)}
+    directions = Directions(
+        vectors=fix_signs(vectors),
+        scores=spectrum.ratios[: spectrum.kept].float(),
+        method=method,
+        provenance=provenance,
+        score_name="explained variance ratio",
+    )
+    return directions, spectrum
+
+
+def descending(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues (descending, negative rounding errors set to zero) and eigenvectors as columns."""
+    eigenvalues, vectors = torch.linalg.eigh(symmetric)
+    return eigenvalues.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def cut(eigenvalues: torch.Tensor, threshold: float, limit: int, count: int, size: int) -> Spectrum:
+    """A spectrum cut at a threshold; the leading component is kept in any case."""
+    significant = int((eigenvalues > threshold).sum())
+    # Rounding leaves a component or two of no variance that no threshold of zero should let through.
+    real = int((eigenvalues > 1e-12 * eigenvalues[0]).sum())
+    return Spectrum(eigenvalues, threshold, max(1, min(significant, limit, real)), count, size)
+
+
+def check_options(significance: float, limit: int) -> None:
+    """Raise an ElrondError for a significance below zero (or not a number) or a limit below one."""
+    if not significance >= 0:
+        raise ElrondError(f"The significance must be zero or more, got {significance}.")
+    if limit < 1:
+        raise ElrondError(f"The limit on directions must be at least 1, got {limit}.")

@@ -1,0 +1,284 @@
+"""Files: round trips, refusals, atomic writing, and names that stay in their folder."""
+
+import json
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from elrond_core import files
+from elrond_core.directions import Directions
+from elrond_core.errors import ElrondError
+from elrond_core.gradients import Gradients
+from elrond_core.moments import Moments
+from elrond_core.provenance import Provenance
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+HERE = Provenance(
+    family="SDXL",
+    prompt="A picture of a grünes monster",
+    concept="grünes monster",
+    tokens=("gr", "ünes</w>", "monster</w>"),
+    rows=(5, 6, 7),
+    token_norm=27.9375,
+    sigma=(14.61, 7.5),
+    count=4,
+    seed=2**63 + 1,
+    host="ComfyUI 0.3.75",
+    extra={"author": "somebody", "note": "kept"},
+)
+
+
+def directions() -> Directions:
+    vectors = torch.eye(12)[:4].reshape(4, 3, 4)
+    method = {"name": "pca", "significance": "2.5"}
+    names, stars = ("hue", "", "größe", ""), (True, False, False, True)
+    return Directions(vectors, torch.tensor([0.4, 0.3, 0.2, 0.05]), method, HERE, names, "share", stars)
+
+
+def gradients() -> Gradients:
+    pairs = torch.arange(8).reshape(4, 2)
+    vectors = torch.arange(48.0).reshape(4, 3, 4)
+    return Gradients(vectors, torch.full((4,), 14.61), pairs[:, 0], pairs[:, 1], HERE, vectors[:2] / 7)
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+def same(one: object, two: object) -> None:
+    for name, value in vars(one).items():
+        other = getattr(two, name)
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
+
+
+def test_directions_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "folder" / "monster.safetensors"
+    files.save_directions(directions(), path)
+    same(directions(), files.load_directions(path, family="SDXL", width=4))
+    files.save_directions(files.load_directions(path), path)
+    same(directions(), files.load_directions(path))
+    assert names(path.parent) == ["monster.safetensors"]
+
+
+def test_gradients_round_trip(tmp_path: Path) -> None:
+    files.save_gradients(gradients(), tmp_path / "g")
+    same(gradients(), files.load_gradients(tmp_path / "g"))
+    without = replace(gradients(), response=torch.empty(0, 3, 4))
+    files.save_gradients(without, tmp_path / "g")
+    same(without, files.load_gradients(tmp_path / "g"))
+
+
+def test_moments_round_trip(tmp_path: Path) -> None:
+    moments = Moments.of(gradients())
+    files.save_moments(moments, tmp_path / "m")
+    same(moments, files.load_moments(tmp_path / "m", family="SDXL"))
+
+
+def test_golden_files_stay_readable() -> None:
+    same(directions(), files.load_directions(GOLDEN / "directions-1.safetensors", family="SDXL", width=4))
+    same(gradients(), files.load_gradients(GOLDEN / "gradients-1.safetensors"))
+    same(Moments.of(gradients()), files.load_moments(GOLDEN / "moments-1.safetensors"))
+
+
+def test_metadata_of_others_does_not_replace_ours(tmp_path: Path) -> None:
+    mine = replace(directions(), provenance=HERE.with_(extra={"kind": "pickle", "x": "y"}))
+    files.save_directions(mine, tmp_path / "d")
+    assert files.load_directions(tmp_path / "d").provenance.extra == {"x": "y"}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "d"
+    files.save_directions(directions(), path)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(ElrondError, match=r"^d could not be written: No space left on device\.$"):
+        files.save_directions(replace(directions(), names=("other",) * 4), path)
+    assert names(tmp_path) == ["d"]
+    same(directions(), files.load_directions(path))
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        (replace(directions(), vectors=directions().vectors * 1.01), "direction 0 has norm 1.01 instead of 1"),
+        (replace(directions(), vectors=directions().vectors * torch.nan), "row 0 of vectors is not finite"),
+        (replace(directions(), scores=torch.tensor([1, 1, torch.inf, 1])), "row 2 of scores is not finite"),
+    ],
+)
+def test_what_is_not_written(changed: Directions, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ElrondError, match=sentence):
+        files.save_directions(changed, tmp_path / "d")
+    assert not names(tmp_path)
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    files.save_directions(directions(), tmp_path / "d")
+    with pytest.raises(ElrondError, match=r"^d is for SDXL of width 4, and this model is Flux of width 4096\.$"):
+        files.load_directions(tmp_path / "d", family="Flux", width=4096)
+    with pytest.raises(ElrondError, match=r"^d is for SDXL of width 4, and this model is of width 768\.$"):
+        files.load_directions(tmp_path / "d", width=768)
+    with pytest.raises(ElrondError, match=r"^d holds directions, not gradients\.$"):
+        files.load_gradients(tmp_path / "d")
+
+
+def rewritten(path: Path, tensors: dict | None = None, **metadata: str | None) -> None:
+    """A valid directions file with some tensors or metadata replaced."""
+    files.save_directions(directions(), path)
+    with safetensors.safe_open(path, "pt") as file:
+        everything = file.metadata() | metadata
+    kept = {key: value for key, value in everything.items() if value is not None}
+    safetensors.torch.save_file({**safetensors.torch.load_file(path), **(tensors or {})}, path, kept)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "sentence"),
+    [
+        ({"format_version": "2"}, "format version 2, and this ELROND reads version 1"),
+        ({"kind": None}, "was not written by ELROND"),
+        ({"prompt": None, "seed": None}, "its metadata lacks prompt, seed"),
+        ({"d": "5"}, "says its width is 5, and its vectors have 4"),
+        ({"d": "x"}, "a d that is not a whole number"),
+        ({"count": "9" * 5000}, "a count that is not a whole number"),
+        ({"rows": "[5"}, "a rows that is not JSON"),
+        ({"tokens": "[" * 100_000}, "a tokens that is not JSON"),
+        ({"rows": '["5"]'}, "rows, tokens, sigma or token_norm"),
+        ({"rows": "[true]"}, "rows, tokens, sigma or token_norm"),
+        ({"sigma": "[NaN]"}, "rows, tokens, sigma or token_norm"),
+        ({"token_norm": "0"}, "rows, tokens, sigma or token_norm"),
+        ({"token_norm": "long"}, "rows, tokens, sigma or token_norm"),
+        ({"names": "[]"}, "do not fit its 4 directions"),
+        ({"stars": "[1, 0, 0, 1]"}, "do not fit its 4 directions"),
+        ({"method": '{"k": 32}'}, "do not fit its 4 directions"),
+        ({"method": '"pca"'}, "do not fit its 4 directions"),
+    ],
+)
+def test_bad_metadata(metadata: dict, sentence: str, tmp_path: Path) -> None:
+    rewritten(tmp_path / "d", **metadata)
+    with pytest.raises(ElrondError, match=sentence):
+        files.load_directions(tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "sentence"),
+    [
+        ({"vectors": directions().vectors * 2}, "direction 0 has norm 2 instead of 1"),
+        ({"vectors": directions().vectors + torch.nan}, "row 0 of vectors is not finite"),
+        ({"vectors": directions().vectors.double()}, "'vectors' of the wrong type"),
+        ({"vectors": directions().vectors.half()}, "'vectors' does not fit the file"),
+        ({"vectors": torch.zeros(4, 12)}, "'vectors' of the wrong type or shape, "),
+        ({"scores": torch.zeros(3)}, "'scores' of the wrong type or shape, "),
+        ({"vectors": torch.zeros(0, 3, 4), "scores": torch.zeros(0)}, "is empty"),
+        ({"more": torch.zeros(1)}, "should hold the tensors scores, vectors, and holds more, scores, vectors"),
+    ],
+)
+def test_bad_tensors(tensors: dict, sentence: str, tmp_path: Path) -> None:
+    rewritten(tmp_path / "d", tensors)
+    with pytest.raises(ElrondError, match=sentence):
+        files.load_directions(tmp_path / "d")
+
+
+def raw(header: object, data: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def entry(**changes: object) -> dict:
+    return {"vectors": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "not a safetensors file, or is cut short"),
+        (b"PK\x03\x04" + b"\x00" * 100, "not a safetensors file, or is cut short"),
+        (b"\x80\x02ctorch\nobject", "not a safetensors file, or is cut short"),
+        (raw(b"[]"), "not a safetensors file, or is cut short"),
+        (raw(b"[" * 200_000), "not a safetensors file, or is cut short"),
+        (raw(b'{"a": {}, "a": {}}'), "not a safetensors file, or is cut short"),
+        (raw(b" " * (4 * 2**20 + 1)), "header of 4194305 bytes"),
+        (raw(entry(), b"\x00" * 7), "'vectors' does not fit the file"),
+        (raw(entry(shape=[2**60]), b"\x00" * 8), "'vectors' does not fit the file"),
+        (raw(entry(shape=[-2]), b"\x00" * 8), "'vectors' does not fit the file"),
+        (raw(entry(shape=[2.0]), b"\x00" * 8), "'vectors' does not fit the file"),
+        (raw(entry(data_offsets=[8, 0]), b"\x00" * 8), "'vectors' does not fit the file"),
+        (raw(entry(dtype="F9"), b"\x00" * 8), "'vectors' does not fit the file"),
+        (raw(entry(), b"\x00" * 8), "was not written by ELROND"),
+        (raw({"__metadata__": {"kind": 3}}), "metadata that is not text"),
+        (raw({"__metadata__": []}), "metadata that is not text"),
+    ],
+)
+def test_damaged_files(content: bytes, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ElrondError, match=rf"^bad.safetensors .*{sentence}.*\.$"):
+        files.load_directions(path)
+
+
+def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "d"
+    files.save_directions(directions(), path)
+    content = path.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    header["vectors"]["data_offsets"], header["scores"]["data_offsets"] = [0, 192], [0, 16]
+    path.write_bytes(raw(header, content[8 + length :]))
+    with pytest.raises(ElrondError, match=r"^d is damaged: "):
+        files.load_directions(path)
+
+
+def test_every_truncation_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "d"
+    files.save_directions(directions(), path)
+    content = path.read_bytes()
+    for length in range(0, len(content), 13):
+        path.write_bytes(content[:length])
+        with pytest.raises(ElrondError):
+            files.load_directions(path)
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(ElrondError, match=r"^There is no file d\.$"):
+        files.load_directions(tmp_path / "d")
+    with pytest.raises(ElrondError, match="could not be read"):
+        files.load_directions(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "relative"),
+    [
+        ("monster", "monster.safetensors"),
+        ("monster.safetensors", "monster.safetensors"),
+        ("v1.2", "v1.2.safetensors"),
+        ("animals/größter dog", "animals/größter dog.safetensors"),
+        ("animals\\dog", "animals/dog.safetensors"),
+        (" console ", "console.safetensors"),
+    ],
+)
+def test_good_names(name: str, relative: str, tmp_path: Path) -> None:
+    assert files.safe_path(tmp_path, name) == tmp_path / relative
+
+
+BAD_NAMES = (
+    r"| |.|..|../x|a/../../x|a/..|/etc/passwd|\x|C:x|C:\x|a//b|nul|CON.txt|a/com1|x.|x /y|a*|.safetensors|...|a?"
+)
+
+
+@pytest.mark.parametrize("name", [*BAD_NAMES.split("|"), "a\0b", "a\nb", "x" * 201])
+def test_bad_names(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ElrondError, match="cannot be a file name here"):
+        files.safe_path(tmp_path, name)
+
+
+def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
+    inside = tmp_path / "in"
+    inside.mkdir()
+    (inside / "out").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(ElrondError, match="cannot be a file name here"):
+        files.safe_path(inside, "out/x")

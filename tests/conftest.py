@@ -1,0 +1,45 @@
+"""Fixtures that several layers share: core tests need no host, host tests import it, e2e tests talk to a server."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from demo.server import Server
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(os.cpu_count() or 1)
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """`demo.host` with ComfyUI importable in this process; what it writes goes to a temporary folder."""
+    from demo import host
+
+    # isort: split
+    import folder_paths
+
+    for kind in ("output", "temp", "input", "user"):
+        getattr(folder_paths, f"set_{kind}_directory")(str(tmp_path_factory.mktemp(kind)))
+    return host
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A running ComfyUI with this pack, shared by all tests that only send it graphs."""
+    from demo.server import Server
+
+    with Server(tmp_path_factory.mktemp("server-output")) as running:
+        yield running

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,18 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     for kind in ("output", "temp", "input", "user"):
         getattr(folder_paths, f"set_{kind}_directory")(str(tmp_path_factory.mktemp(kind)))
     return host
+
+
+@pytest.fixture(scope="session")
+def pack(host: ModuleType) -> ModuleType:
+    """The repository imported as the host imports it, as a package: its parts are `comfyui_elrond.nodes` and so on."""
+    spec = importlib.util.spec_from_file_location(
+        "comfyui_elrond", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["comfyui_elrond"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

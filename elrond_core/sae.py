@@ -1,0 +1,386 @@
+"""A TopK sparse autoencoder of gradients: step 6 of ELROND (arXiv 2602.10216).
+
+The TopK activation, the unit decoder, the removal of its gradients' parallel component and the AuxK loss for dead
+latents follow Gao et al., "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from .directions import Directions
+from .errors import ElrondError
+from .gradients import Gradients
+from .moments import require_finite
+from .seeding import generator
+
+OnStep = Callable[[int, int, float], None]
+
+_STEPS = 3000
+_WARM_UP = 0.03
+_COOL_DOWN = 0.4
+_AUX_WEIGHT = 1 / 32
+_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class SAEReport:
+    """What the training of an autoencoder came to.
+
+    Attributes:
+        fvu: fraction of the gradients' variance that the reconstruction leaves unexplained, over the whole set.
+        dead: share of latents that no gradient activates.
+        log_densities: float32, (latents,): log10 of the share of gradients that activate each; -inf for dead ones.
+        kept: int64, (K,): the latents that became directions, in their order.
+        density_range: the open range of log10 densities that was kept.
+        losses: float32, (steps,): FVU of each training batch.
+        latents: number of latents.
+        k: latents active at once.
+        stopped: whether the training was cut short because FVU had stalled.
+    """
+
+    fvu: float
+    dead: float
+    log_densities: torch.Tensor
+    kept: torch.Tensor
+    density_range: tuple[float, float]
+    losses: torch.Tensor
+    latents: int
+    k: int
+    stopped: bool
+
+    def lines(self) -> list[str]:
+        """The report as text, one fact a line."""
+        low, high = self.density_range
+        return [
+            f"{self.latents} latents, {self.k} active at once",
+            f"unexplained variance (FVU): {self.fvu:.3f}",
+            f"dead latents: {self.dead:.1%}",
+            f"directions: {len(self.kept)} of log10 density in ({low:g}, {high:g})",
+            f"{len(self.losses)} steps" + (", stopped early because FVU had stalled" if self.stopped else ""),
+        ]
+
+
+def train_sae(
+    gradients: Gradients,
+    *,
+    latents: int | None = None,
+    k: int | None = None,
+    epochs: int | None = None,
+    learning_rate: float = 1e-3,
+    batch_size: int = 512,
+    density_range: tuple[float, float] = (-5.0, 0.0),
+    seed: int = 0,
+    patience: int = 5,
+    device: torch.device | str = "cpu",
+    checkpoint: Path | None = None,
+    on_step: OnStep | None = None,
+) -> tuple[Directions, SAEReport]:
+    """Learn a sparse dictionary of the gradients; its atoms are the directions.
+
+    z = TopK(ReLU(W_enc (g - b_dec) + b_enc)), ĝ = W_dec z + b_dec, over gradients divided by their median norm, so
+    that the learning rate depends neither on the model nor on the noise level. The rate warms up, stays, and falls to
+    zero over the last 40 % of the steps; when FVU stalls, the fall begins at once.
+
+    Args:
+        gradients: at least two of them; (N, R, d) are N vectors of R·d.
+        latents: size of the dictionary; R·d if None (the published expansion of 1).
+        k: latents active at once; if None, a twenty-fourth of the latents, at most 32: the published 32 from SD1.x's
+            width of 768 on, and fewer where 32 would be so dense that nothing had to be sparse.
+        epochs: passes over the gradients; if None, as many as make 3,000 steps, whatever N.
+        learning_rate: peak rate of Adam.
+        batch_size: gradients a step.
+        density_range: open range of log10 firing densities within which a latent becomes a direction.
+        seed: fixes the start and the order of the gradients.
+        patience: windows (an epoch, at least 100 steps) without better FVU (by 0.5 % and 0.0005) that count as a stall; 0 for never.
+        device: where to train; the result is on the CPU.
+        checkpoint: file that training resumes from if it exists and fits the gradients and settings; written ten
+            times, and when anything raises, and removed at the end. The resumed training is the same training.
+        on_step: called after each step with (step, steps, FVU of the batch); may raise to cancel.
+
+    Returns:
+        Directions (K, R, d), unit norm, ranked by the share of the gradients' energy Σ‖g - b_dec‖² that each latent
+        puts into the reconstruction (rank by density alone would favour latents that fire always and weakly); and the
+        report. Signs are as learned: activations are never negative, so that +v is a direction gradients take.
+
+    Raises:
+        ElrondError: if there are fewer than two gradients, one is not finite, all are the same, an option is out of
+            range, or no latent's density lies in the range.
+    """
+    vectors = gradients.flat
+    if len(vectors) < 2:
+        raise ElrondError(f"A sparse autoencoder needs at least 2 gradients, got {len(vectors)}.")
+    require_finite(vectors)
+    size = vectors.shape[1]
+    latents = size if latents is None else latents
+    if latents < 1:
+        raise ElrondError(f"The number of latents must be at least 1, got {latents}.")
+    k = min(32, max(1, latents // 24)) if k is None else k
+    _check(latents, k, epochs, learning_rate, batch_size, density_range)
+
+    # Zero gradients (a realization compared with its like) must not make the scale zero.
+    norms = vectors.norm(dim=1)
+    scale = float(norms[norms > 0].median()) if (norms > 0).any() else 1.0
+    data = (vectors / scale).to(device)
+    variance = float((data - data.mean(0)).square().sum(1).mean())
+    if variance <= 1e-12:
+        raise ElrondError("All gradients are the same, so there is nothing to learn.")
+
+    trainer = _Trainer(data, variance, latents, k, epochs, learning_rate, batch_size, seed, patience)
+    # What must agree for a checkpoint to be continued; the sum stands for the gradients themselves.
+    identity = json.dumps(
+        [
+            *data.shape,
+            float(vectors.double().abs().sum()),
+            latents,
+            k,
+            epochs,
+            learning_rate,
+            batch_size,
+            seed,
+            patience,
+        ]
+    )
+    if checkpoint is not None:
+        trainer.resume(checkpoint, identity)
+    try:
+        while trainer.step < trainer.end:
+            fvu = trainer.advance()
+            if checkpoint is not None and trainer.step % max(1, trainer.steps // 10) == 0:
+                trainer.save(checkpoint, identity)
+            if on_step:
+                on_step(trainer.step, trainer.end, fvu)
+    except BaseException:
+        if checkpoint is not None:
+            trainer.save(checkpoint, identity)
+        raise
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    return _finish(trainer, gradients, density_range)
+
+
+def geometric_median(points: torch.Tensor, iterations: int = 50) -> torch.Tensor:
+    """The point of least summed distance to `points` (N, D), by Weiszfeld's algorithm; (D,)."""
+    median = points.mean(0)
+    for _ in range(iterations):
+        weights = 1 / (points - median).norm(dim=1).clamp_min(1e-6)
+        previous, median = median, (weights @ points) / weights.sum()
+        if (median - previous).norm() <= 1e-5 * median.norm():
+            break
+    return median
+
+
+class _Trainer:
+    """The state of one training and its next step."""
+
+    def __init__(
+        self,
+        data: torch.Tensor,
+        variance: float,
+        latents: int,
+        k: int,
+        epochs: int | None,
+        learning_rate: float,
+        batch_size: int,
+        seed: int,
+        patience: int,
+    ) -> None:
+        self.data, self.variance, self.k = data, variance, k
+        self.learning_rate, self.batch_size, self.seed, self.patience = learning_rate, batch_size, seed, patience
+        count, size = data.shape
+        self.per_epoch = math.ceil(count / batch_size)
+        self.steps = _STEPS if epochs is None else epochs * self.per_epoch
+        self.cool_down = max(1, round(_COOL_DOWN * self.steps))
+        self.window = max(100, self.per_epoch)
+
+        decoder = torch.randn(latents, size, generator=generator(seed, "sae decoder")).to(data)
+        decoder = decoder / decoder.norm(dim=1, keepdim=True)
+        # The encoder starts tied to the decoder, as published.
+        parameters = (decoder.clone(), torch.zeros(latents).to(data), decoder, geometric_median(data))
+        self.parameters = [value.requires_grad_(True) for value in parameters]
+        self.encoder, self.encoder_bias, self.decoder, self.decoder_bias = self.parameters
+        self.adam = torch.optim.Adam(self.parameters, lr=learning_rate)
+        self.step, self.end = 0, self.steps
+        self.losses: list[float] = []
+        self.idle = torch.zeros(latents, dtype=torch.int64, device=data.device)  # Steps since a latent last fired.
+        self.order: tuple[int, torch.Tensor] | None = None
+
+    def encode(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Activations (B, latents) with at most k above zero each, and what they were before TopK."""
+        before = torch.relu((batch - self.decoder_bias) @ self.encoder.T + self.encoder_bias)
+        return _top(before, self.k), before
+
+    def advance(self) -> float:
+        """One step of Adam; returns the batch's FVU."""
+        batch = self._batch()
+        active, _ = self.encode(batch)
+        rest = batch - self.decoder_bias - active @ self.decoder
+        fvu = rest.square().sum(1).mean() / self.variance
+        loss = fvu
+
+        self.idle += 1
+        self.idle[(active > 0).any(0)] = 0
+        dead = (self.idle >= self.window).nonzero().squeeze(1)
+        if len(dead):
+            # AuxK: what the living leave, reconstructed by the dead alone.
+            wanted = rest.detach()
+            before = torch.relu((batch - self.decoder_bias) @ self.encoder[dead].T + self.encoder_bias[dead])
+            found = _top(before, min(len(dead), max(1, batch.shape[1] // 2))) @ self.decoder[dead]
+            auxiliary = (wanted - found).square().sum() / wanted.square().sum().clamp_min(1e-12)
+            loss = loss + _AUX_WEIGHT * auxiliary
+
+        for group in self.adam.param_groups:
+            group["lr"] = self.learning_rate * self._rate()
+        self.adam.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            pull = self.decoder.grad
+            assert pull is not None
+            # Along an atom a step would only change its norm, which is then set to one.
+            pull -= (pull * self.decoder).sum(1, keepdim=True) * self.decoder
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.adam.step()
+        with torch.no_grad():
+            self.decoder /= self.decoder.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        self.step += 1
+        self.losses.append(float(fvu.detach()))
+        if self._stalled():
+            self.end = self.step + self.cool_down
+        return self.losses[-1]
+
+    def _batch(self) -> torch.Tensor:
+        epoch, place = divmod(self.step, self.per_epoch)
+        if self.order is None or self.order[0] != epoch:
+            order = torch.randperm(len(self.data), generator=generator(self.seed, "sae epoch", epoch))
+            self.order = epoch, order.to(self.data.device)
+        return self.data[self.order[1][place * self.batch_size : (place + 1) * self.batch_size]]
+
+    def _rate(self) -> float:
+        warm = (self.step + 1) / max(1.0, _WARM_UP * self.steps)
+        return min(1.0, warm, (self.end - self.step) / self.cool_down)
+
+    def _stalled(self) -> bool:
+        """Whether the last `patience` windows lowered FVU by less than 0.5 % and 0.0005 of the best before."""
+        cooling = self.step > self.end - self.cool_down
+        windows = self.step // self.window
+        if cooling or not self.patience or self.step % self.window or windows <= self.patience:
+            return False
+        means = torch.tensor(self.losses).reshape(windows, self.window).mean(1)
+        return bool(means[-self.patience :].min() > 0.995 * means[: -self.patience].min() - 5e-4)
+
+    def save(self, path: Path, identity: str) -> None:
+        """Write the state, whole or not at all."""
+        tensors = {f"parameter{i}": value.detach() for i, value in enumerate(self.parameters)}
+        for i, value in enumerate(self.parameters):
+            if state := self.adam.state.get(value):
+                tensors |= {f"first{i}": state["exp_avg"], f"second{i}": state["exp_avg_sq"]}
+        tensors |= {"losses": torch.tensor(self.losses, dtype=torch.float64), "idle": self.idle}
+        temporary = path.with_name(f".{path.name}.tmp")
+        metadata = {"identity": identity, "step": str(self.step), "end": str(self.end)}
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
+        temporary.replace(path)
+
+    def resume(self, path: Path, identity: str) -> None:
+        """Continue from a checkpoint, or start afresh if there is none of these gradients and settings."""
+        if not path.is_file():
+            return
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception:
+            return
+        if metadata.get("identity") != identity:
+            return
+        self.step, self.end = int(metadata["step"]), int(metadata["end"])
+        self.losses, self.idle = tensors["losses"].tolist(), tensors["idle"].to(self.idle.device)
+        with torch.no_grad():
+            for i, value in enumerate(self.parameters):
+                value.copy_(tensors[f"parameter{i}"])
+                if self.step:
+                    self.adam.state[value] = {
+                        "step": torch.tensor(float(self.step)),
+                        "exp_avg": tensors[f"first{i}"].to(value),
+                        "exp_avg_sq": tensors[f"second{i}"].to(value),
+                    }
+
+
+def _top(activations: torch.Tensor, k: int) -> torch.Tensor:
+    values, places = activations.topk(k, dim=1, sorted=False)
+    return torch.zeros_like(activations).scatter(1, places, values)
+
+
+@torch.no_grad()
+def _finish(
+    trainer: _Trainer, gradients: Gradients, density_range: tuple[float, float]
+) -> tuple[Directions, SAEReport]:
+    """Densities and energies over the whole set, and the latents in range as directions."""
+    count, latents = len(trainer.data), len(trainer.decoder)
+    fired = torch.zeros(latents, dtype=torch.float64)
+    energy, rest, total = torch.zeros(latents, dtype=torch.float64), 0.0, 0.0
+    for batch in trainer.data.split(_CHUNK):
+        active, _ = trainer.encode(batch)
+        centred = batch - trainer.decoder_bias
+        rest += float((centred - active @ trainer.decoder).double().square().sum())
+        total += float(centred.double().square().sum())
+        fired += (active > 0).sum(0).double().cpu()
+        energy += active.double().square().sum(0).cpu()
+    log_densities = (fired / count).log10()
+    low, high = density_range
+    kept = ((log_densities > low) & (log_densities < high)).nonzero().squeeze(1)
+    if not len(kept):
+        raise ElrondError(f"No latent has a log10 firing density between {low:g} and {high:g}; widen the range.")
+    kept = kept[energy[kept].argsort(descending=True, stable=True)]
+    vectors = trainer.decoder.detach().cpu()[kept]
+    method = {
+        "name": "sae",
+        "latents": str(latents),
+        "k": str(trainer.k),
+        "steps": str(trainer.step),
+        "learning_rate": f"{trainer.learning_rate:g}",
+        "batch_size": str(trainer.batch_size),
+        "density_range": f"{low:g} to {high:g}",
+        "seed": str(trainer.seed),
+    }
+    directions = Directions(
+        vectors=vectors.reshape(-1, *gradients.vectors.shape[1:]),
+        scores=(energy[kept] / total).float(),
+        method=method,
+        provenance=gradients.provenance,
+        score_name="share of gradient energy",
+    )
+    report = SAEReport(
+        fvu=rest / (trainer.variance * count),
+        dead=float((fired == 0).double().mean()),
+        log_densities=log_densities.float(),
+        kept=kept,
+        density_range=density_range,
+        losses=torch.tensor(trainer.losses),
+        latents=latents,
+        k=trainer.k,
+        stopped=trainer.step < trainer.steps,
+    )
+    return directions, report
+
+
+def _check(
+    latents: int, k: int, epochs: int | None, learning_rate: float, batch_size: int, density_range: tuple[float, float]
+) -> None:
+    if not 1 <= k <= latents:
+        raise ElrondError(f"k must be between 1 and the number of latents ({latents}), got {k}.")
+    if epochs is not None and epochs < 1:
+        raise ElrondError(f"The number of epochs must be at least 1, got {epochs}.")
+    if not 0 < learning_rate < math.inf:
+        raise ElrondError(f"The learning rate must be above zero, got {learning_rate}.")
+    if batch_size < 1:
+        raise ElrondError(f"The batch size must be at least 1, got {batch_size}.")
+    if not density_range[0] < density_range[1]:
+        raise ElrondError(f"The range of log10 densities must go from low to high, got {density_range}.")

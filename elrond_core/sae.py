@@ -100,7 +100,7 @@ def train_sae(
         batch_size: gradients a step.
         density_range: open range of log10 firing densities within which a latent becomes a direction.
         seed: fixes the start and the order of the gradients.
-        patience: windows (an epoch, at least 100 steps) without better FVU (by 0.5 % and 0.0005) that count as a stall; 0 for never.
+        patience: windows (an epoch, at least 100 steps) without better FVU (by 0.5 % and 0.001) that count as a stall; 0 for never.
         device: where to train; the result is on the CPU.
         checkpoint: file that training resumes from if it exists and fits the gradients and settings; written ten
             times, and when anything raises, and removed at the end. The resumed training is the same training.
@@ -268,13 +268,13 @@ class _Trainer:
         return min(1.0, warm, (self.end - self.step) / self.cool_down)
 
     def _stalled(self) -> bool:
-        """Whether the last `patience` windows lowered FVU by less than 0.5 % and 0.0005 of the best before."""
+        """Whether the last `patience` windows lowered FVU by less than 0.5 % and 0.001 of the best before."""
         cooling = self.step > self.end - self.cool_down
         windows = self.step // self.window
         if cooling or not self.patience or self.step % self.window or windows <= self.patience:
             return False
         means = torch.tensor(self.losses).reshape(windows, self.window).mean(1)
-        return bool(means[-self.patience :].min() > 0.995 * means[: -self.patience].min() - 5e-4)
+        return bool(means[-self.patience :].min() > 0.995 * means[: -self.patience].min() - 1e-3)
 
     def save(self, path: Path, identity: str) -> None:
         """Write the state, whole or not at all."""

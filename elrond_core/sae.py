@@ -100,7 +100,8 @@ def train_sae(
         batch_size: gradients a step.
         density_range: open range of log10 firing densities within which a latent becomes a direction.
         seed: fixes the start and the order of the gradients.
-        patience: windows (an epoch, at least 100 steps) without better FVU (by 0.5 % and 0.001) that count as a stall; 0 for never.
+        patience: windows (an epoch, at least 100 steps) without better FVU (by 0.5 % and 0.001) that count as a stall;
+            0 for never.
         device: where to train; the result is on the CPU.
         checkpoint: file that training resumes from if it exists and fits the gradients and settings; written ten
             times, and when anything raises, and removed at the end. The resumed training is the same training.

@@ -1,0 +1,111 @@
+"""Directions normalised by the model's response: natural variation per unit of the change that a movement causes.
+
+Gradients are g = (2/n) Jᵀ(x̂0 - x_B), n the number of latent values and J the Jacobian of the estimate with respect
+to the concept's rows; responses are (2/n) Jᵀw with white noise w. So, over pairs and noise,
+
+    C = cov(g) = (4/n²) Jᵀ Σ J    and    M = E[response responseᵀ] = (4/n²) JᵀJ,
+
+Σ being the covariance of the differences between images. For C v = λ M v then λ = (Jv)ᵀ Σ (Jv) / |Jv|²: the variance
+of the images along the change that moving the rows by v causes. PCA of C instead weighs every change by how
+strongly the model answers to it, twice, and one loud factor leaks into all components.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from .directions import Directions, fix_signs
+from .errors import ElrondError
+from .gradients import Gradients
+from .moments import Moments, require_finite
+from .pca import Spectrum, check_options, cut, descending
+
+_RIDGES = torch.logspace(-6, 1, 57, dtype=torch.float64)
+
+
+def fit_response(
+    gradients: Gradients, *, significance: float = 1.0, limit: int = 64, ridge: float | None = None
+) -> tuple[Directions, Spectrum]:
+    """Solve C v = λ (M + ridge · mean(diag M) · I) v; the steering directions are the v themselves.
+
+    v lives where the rows live: moving them by v changes the image by Jv, and the Jv of different v are the principal
+    components of the images within what the model can change. M v, the other candidate, lives where gradients live;
+    moving the rows by it changes the image by J Jᵀ(Jv), which mixes components again wherever the model answers
+    unevenly. The ridge is what makes v affordable: a movement that hardly changes anything would need a strength
+    beyond the linear regime. As the ridge grows the directions become those of PCA.
+
+    Args:
+        gradients: gradients with their response, collected at the same points.
+        significance: keep components of λ above this many units of latent variance. Models' latents are scaled to a
+            variance of about 1 a value, so that λ = 1 is what a single latent value varies by.
+        limit: keep at most this many.
+        ridge: as a share of the mean response; chosen by `choose_ridge` if None.
+
+    Returns:
+        Directions (K, R, d) of unit norm, best first, K ≥ 1, λ as scores; and the spectrum of all λ, with the ridge.
+
+    Raises:
+        ElrondError: if the response was not collected, there are fewer than two gradients or responses, one is not
+            finite, all gradients or responses are zero, or an option is out of range.
+    """
+    check_options(significance, limit)
+    if ridge is not None and not ridge > 0:
+        raise ElrondError(f"The ridge must be above zero, got {ridge}.")
+    response = gradients.response.flatten(1).double()
+    if not len(response):
+        raise ElrondError("These gradients came without the model's response; collect them again with it.")
+    if len(response) < 2:
+        raise ElrondError("A response needs at least 2 samples, got 1.")
+    if not torch.isfinite(response).all():
+        raise ElrondError("The response is not finite (NaN or infinity); collect the gradients again.")
+    require_finite(gradients.flat)
+    ridge = choose_ridge(response) if ridge is None else ridge
+    metric = response.T @ response / len(response)
+    size = len(metric)
+    mean_response = float(metric.diagonal().mean())
+    covariance = Moments.of(gradients).covariance()
+    if mean_response == 0 or not covariance.any():
+        raise ElrondError("All gradients or all responses are the same, so there is nothing to decompose.")
+    metric.diagonal().add_(ridge * mean_response)
+
+    factor = torch.linalg.cholesky(metric)
+    half = torch.linalg.solve_triangular(factor, covariance, upper=False)
+    eigenvalues, vectors = descending(torch.linalg.solve_triangular(factor, half.T, upper=False))
+    eigenvalues = eigenvalues[: min(len(gradients), size)]
+    spectrum = replace(
+        cut(eigenvalues, significance, limit, len(gradients), size),
+        name="latent variance per unit of change",
+        ridge=ridge,
+    )
+    moves = torch.linalg.solve_triangular(factor.T, vectors[:, : spectrum.kept], upper=True)
+    moves = (moves / moves.norm(dim=0)).T.reshape(-1, *gradients.vectors.shape[1:]).float()
+    directions = Directions(
+        vectors=fix_signs(moves),
+        scores=eigenvalues[: spectrum.kept].float(),
+        method={"name": "response", "significance": f"{significance:g}", "ridge": f"{ridge:.3g}", "limit": str(limit)},
+        provenance=gradients.provenance,
+        score_name=spectrum.name,
+    )
+    return directions, spectrum
+
+
+def choose_ridge(response: torch.Tensor) -> float:
+    """The ridge under which responses held out are most likely.
+
+    Each half of the responses (M, D), float64, gives a covariance; with the ridge added, it is the covariance of a
+    Gaussian under which the other half has a likelihood. Too small a ridge trusts directions in which a half answers
+    little by chance, too large a one forgets that the model answers unevenly.
+
+    Returns:
+        The ridge as a share of the mean response.
+    """
+    halves = response[0::2], response[1::2]
+    loss = torch.zeros(len(_RIDGES), dtype=torch.float64)
+    for known, other in (halves, halves[::-1]):
+        values, vectors = descending(known.T @ known / len(known))
+        spread = (other @ vectors).square().mean(0)
+        damped = values[:, None] + _RIDGES * values.mean().clamp_min(1e-300)
+        loss += (damped.log() + spread[:, None] / damped).sum(0)
+    return float(_RIDGES[loss.argmin()])

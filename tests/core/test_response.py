@@ -1,0 +1,124 @@
+"""Response-normalised directions on a linear model x̂0 = J c, where everything has a closed form."""
+
+import pytest
+import torch
+
+from elrond_core.errors import ElrondError
+from elrond_core.gradients import Gradients, collect
+from elrond_core.pca import fit_pca
+from elrond_core.provenance import Provenance
+from elrond_core.response import choose_ridge, fit_response
+from elrond_core.subspace import orthonormal, principal_angles
+
+WIDTH, LATENTS = 8, 60
+VARIANCES = torch.tensor([16.0, 6.0, 2.0, 0.5])
+
+
+def basis(rows: int, columns: int, seed: int) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)))[0]
+
+
+class Linear:
+    """x̂0 = J c, whatever the noise; J answers to its eight input directions with 1 … 1/16."""
+
+    def __init__(self) -> None:
+        self.rows = torch.zeros(2, WIDTH // 2)
+        self.axes = basis(LATENTS, WIDTH, 0)
+        self.jacobian = self.axes @ torch.diag(2 ** -torch.linspace(0, 4, WIDTH)) @ basis(WIDTH, WIDTH, 1)
+        # Factors are oblique to what the model answers to most, so that PCA of gradients mixes them.
+        self.factors = self.axes @ basis(WIDTH, WIDTH, 2)[:, : len(VARIANCES)]
+
+    def noised(self, latents: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:
+        return latents + sigma * noise
+
+    def denoised(self, noisy: torch.Tensor, sigma: float, rows: torch.Tensor) -> torch.Tensor:
+        return rows.flatten(1) @ self.jacobian.T
+
+    def realizations(self, count: int) -> torch.Tensor:
+        values = torch.randn(count, len(VARIANCES), generator=torch.Generator().manual_seed(3))
+        return (values * VARIANCES.sqrt()) @ self.factors.T
+
+
+@pytest.fixture(scope="module")
+def gradients() -> Gradients:
+    model = Linear()
+    return collect(model, model.realizations(1000), Provenance("linear"), 2000, 1.0, 0, 500, response=True)
+
+
+def movement(vectors: torch.Tensor) -> torch.Tensor:
+    """Cosine between the image change of each direction and each factor, (K, factors), absolute."""
+    model = Linear()
+    change = vectors.flatten(1) @ model.jacobian.T
+    return (change @ model.factors / change.norm(dim=1, keepdim=True)).abs()
+
+
+def test_each_direction_moves_one_factor(gradients: Gradients) -> None:
+    directions, spectrum = fit_response(gradients, significance=0.25)
+    assert len(directions) == len(VARIANCES)
+    assert (movement(directions.vectors).diagonal() > 0.99).all()
+    assert spectrum.ridge < 1e-2
+    assert torch.allclose(directions.vectors.flatten(1).norm(dim=1), torch.ones(4), atol=1e-6)
+
+
+def test_scores_are_latent_variances(gradients: Gradients) -> None:
+    directions, spectrum = fit_response(gradients, significance=1)
+    assert directions.scores.tolist() == pytest.approx(VARIANCES[:3].tolist(), rel=0.1)
+    assert spectrum.significant == spectrum.kept == 3 and spectrum.threshold == 1
+    assert float(spectrum.eigenvalues[4:].max()) < 0.05
+
+
+def test_the_vector_steers_and_its_dual_does_not(gradients: Gradients) -> None:
+    directions, _ = fit_response(gradients, significance=0.25)
+    dual = directions.vectors.flatten(1) @ Linear().jacobian.T @ Linear().jacobian
+    assert movement(dual).diagonal().min() < 0.9
+    assert movement(fit_pca(gradients, significance=0, limit=4)[0].vectors).diagonal().min() < 0.9
+
+
+def test_a_large_ridge_is_pca(gradients: Gradients) -> None:
+    ours = fit_response(gradients, significance=0, limit=3, ridge=1e6)[0].vectors
+    theirs = fit_pca(gradients, significance=0, limit=3)[0].vectors
+    assert principal_angles(orthonormal(ours), orthonormal(theirs)).max() < 0.1
+
+
+def test_fewer_responses_than_dimensions(gradients: Gradients) -> None:
+    few = Gradients(
+        gradients.vectors[:6],
+        gradients.sigma[:6],
+        gradients.sources[:6],
+        gradients.targets[:6],
+        gradients.provenance,
+        gradients.response[:5],
+    )
+    directions, spectrum = fit_response(few)
+    assert torch.isfinite(directions.vectors).all() and 1 <= len(directions) <= 6
+    assert spectrum.ridge > fit_response(gradients)[1].ridge
+
+
+def test_the_ridge_falls_with_the_sample() -> None:
+    scale = 2.0 ** -torch.linspace(0, 5, 30)
+    sample = torch.randn(3000, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * scale
+    ridges = [choose_ridge(sample[:count]) for count in (20, 100, 3000)]
+    assert ridges[0] > ridges[1] > ridges[2]
+
+
+def changed(gradients: Gradients, **changes: torch.Tensor) -> Gradients:
+    return Gradients(**{**vars(gradients), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "sentence"),
+    [
+        ({"response": torch.empty(0, 2, 4)}, {}, "came without the model's response"),
+        ({"response": torch.ones(1, 2, 4)}, {}, "at least 2 samples, got 1"),
+        ({"response": torch.full((3, 2, 4), torch.nan)}, {}, "The response is not finite"),
+        ({"vectors": torch.full((2000, 2, 4), torch.inf)}, {}, "Gradient 0 is not finite"),
+        ({"vectors": torch.zeros(2000, 2, 4)}, {}, "nothing to decompose"),
+        ({"response": torch.zeros(3, 2, 4)}, {}, "nothing to decompose"),
+        ({}, {"ridge": 0.0}, "ridge must be above zero"),
+        ({}, {"limit": 0}, "limit on directions must be at least 1"),
+        ({}, {"significance": -1}, "significance must be zero or more"),
+    ],
+)
+def test_what_is_refused(gradients: Gradients, changes: dict, options: dict, sentence: str) -> None:
+    with pytest.raises(ElrondError, match=sentence):
+        fit_response(changed(gradients, **changes), **options)

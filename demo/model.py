@@ -130,6 +130,10 @@ class DemoConfig(comfy.supported_models_base.BASE):
         """Rectified flow, as SD3 and AuraFlow."""
         return comfy.model_base.ModelType.FLOW
 
+    def inpaint_model(self) -> bool:
+        """The host takes any UNet of more than four channels for an inpainting model."""
+        return False
+
 
 class DemoTokenizer(comfy.sd1_clip.SD1Tokenizer):
     """The host's CLIP tokenizer with chunks of 16 tokens."""

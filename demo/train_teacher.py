@@ -28,7 +28,7 @@ from .world import render
 
 SEED = 2602
 BATCH = 64
-STEPS = 7500
+STEPS = 4500
 PEAK_RATE = 1.2e-3
 WARM_UP = 300
 EMA = 0.999
@@ -99,6 +99,12 @@ class TextEncoder(torch.nn.Module):
             x = x + layer.mlp(layer.layer_norm2(x))
         ended = torch.cumsum(tokens == demo_model.END_TOKEN, 1)
         return model.final_layer_norm(x) * (ended <= 1)[..., None]
+
+    def load(self, weights: dict[str, torch.Tensor]) -> None:
+        """Take what `weights` returned."""
+        with torch.no_grad():
+            self.rows.copy_(weights[demo_model.TOKEN_TABLE][self.words.used])
+        self.transformer.load_state_dict({k: v for k, v in weights.items() if k != demo_model.TOKEN_TABLE})
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The transformer's state dict with the token table filled in."""

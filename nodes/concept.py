@@ -1,0 +1,74 @@
+"""EncodeConcept: a prompt as a conditioning that knows its concept's rows."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..elrond_core.errors import ElrondError
+from ..elrond_core.tokens import bracketed, find_concept
+from . import host
+
+
+class EncodeConcept(io.ComfyNode):
+    """CLIP and a prompt to a conditioning with marked rows."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="ElrondEncodeConcept",
+            display_name="Encode Concept (ELROND)",
+            category="ELROND",
+            description="Encodes a prompt and remembers where its concept word is. Works as any CONDITIONING.",
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoder of the model you will sample with."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="a [thing]",
+                    dynamic_prompts=True,
+                    tooltip="The prompt. Put the concept in [brackets], or name it in the field below.",
+                ),
+                io.String.Input(
+                    "concept",
+                    default="",
+                    tooltip="The concept word, or several words that stand together. Empty: what is in [brackets].",
+                ),
+                io.Int.Input(
+                    "occurrence",
+                    default=1,
+                    min=1,
+                    max=100,
+                    tooltip="Which one, if the prompt has the concept word more than once. Brackets say it themselves.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="conditioning", tooltip="The prompt, with the concept marked."),
+                io.String.Output(display_name="report", tooltip="The tokens, and which rows are the concept's."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip: object, prompt: str, concept: str, occurrence: int) -> io.NodeOutput:
+        """Encode and mark."""
+        if clip is None:
+            raise ElrondError("The CLIP input is empty: this checkpoint has no text encoder; load one separately.")
+        concept = concept.strip()
+        # A concept named in the field leaves brackets alone, which some prompts use for other things.
+        plain, wanted = (prompt, [(concept, occurrence - 1)]) if concept else bracketed(prompt)
+        if not wanted:
+            raise ElrondError("Name the concept: put its word in [brackets] in the prompt, or in the concept field.")
+        pieces, length = host.pieces_of(clip, plain)
+        found = [find_concept(pieces, word, which) for word, which in wanted]
+        conditioning = host.encode(clip, plain)
+        # An encoder that drops a chat template from the front returns fewer rows than tokens.
+        dropped = length - conditioning[0][0].shape[1]
+        concepts = [c.shifted(-dropped) for c in found]
+        lines = [f"prompt: {plain}"]
+        lines += [f"concept {c.word!r}: tokens {' '.join(c.tokens)}, rows {list(c.rows)}" for c in concepts]
+        lines += ["rows: " + " ".join(f"{p.row - dropped}={p.text.strip()}" for p in pieces)]
+        marked = host.mark(conditioning, host.family_of(clip), plain, concepts)
+        return io.NodeOutput(marked, "\n".join(lines))
+
+
+NODES = [EncodeConcept]

@@ -1,0 +1,194 @@
+"""Gradients to directions: PCA, response-normalised, sparse autoencoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..elrond_core import plots
+from ..elrond_core.gradients import Gradients
+from ..elrond_core.pca import fit_pca
+from ..elrond_core.response import fit_response
+from ..elrond_core.sae import train_sae
+from . import host
+from .types import DirectionsIO, GradientsIO, image, seed_input
+
+_SIGNIFICANCE = io.Float.Input(
+    "significance",
+    default=2.5,
+    min=0.0,
+    max=1000.0,
+    step=0.1,
+    tooltip="Keep components that explain more than so many times the average; 2.5 in the paper.",
+)
+_LIMIT = io.Int.Input("most", default=64, min=1, max=4096, tooltip="Keep no more directions than this.")
+
+
+class FitPCA(io.ComfyNode):
+    """Principal components of the gradients."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="ElrondFitPCA",
+            display_name="Fit PCA (ELROND)",
+            category="ELROND",
+            description="Finds the principal components of the gradients: the paper's plain method, done in a moment.",
+            inputs=[
+                GradientsIO.Input("gradients", tooltip="From Collect Gradients or Load Gradients."),
+                _SIGNIFICANCE,
+                _LIMIT,
+                io.Combo.Input(
+                    "average_over",
+                    options=["width", "samples"],
+                    default="width",
+                    tooltip="What the average is taken over: the embedding's width d, or min(number of gradients, d).",
+                ),
+            ],
+            outputs=[
+                DirectionsIO.Output(display_name="directions", tooltip="Unit directions, the strongest first."),
+                io.Image.Output(display_name="plot", tooltip="Explained variance, and where the cut is."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, gradients: Gradients, significance: float, most: int, average_over: Any) -> io.NodeOutput:
+        """Fit and plot."""
+        directions, spectrum = fit_pca(gradients, significance=significance, rule=average_over, limit=most)
+        return io.NodeOutput(directions, image(plots.scree(spectrum)))
+
+
+class FitResponse(io.ComfyNode):
+    """Directions normalised by the model's response."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="ElrondFitResponse",
+            display_name="Fit Response Directions (ELROND)",
+            category="ELROND",
+            description=(
+                "Finds the movements that explain most natural variation per change they cause, so that one loud "
+                "factor does not take every direction. Needs gradients with a response."
+            ),
+            inputs=[
+                GradientsIO.Input("gradients", tooltip="From Collect Gradients with response on."),
+                io.Float.Input(
+                    "significance",
+                    default=1.0,
+                    min=0.0,
+                    max=1e6,
+                    step=0.1,
+                    tooltip="Keep movements whose change of the image varies naturally by more than this, in units of "
+                    "the variance of one latent value.",
+                ),
+                _LIMIT,
+            ],
+            outputs=[
+                DirectionsIO.Output(display_name="directions", tooltip="Unit directions, the strongest first."),
+                io.Image.Output(display_name="plot", tooltip="Variation per response, and where the cut is."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, gradients: Gradients, significance: float, most: int) -> io.NodeOutput:
+        """Fit and plot."""
+        directions, spectrum = fit_response(gradients, significance=significance, limit=most)
+        return io.NodeOutput(directions, image(plots.scree(spectrum)))
+
+
+class TrainSAE(io.ComfyNode):
+    """A TopK sparse autoencoder on the gradients."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="ElrondTrainSAE",
+            display_name="Train SAE (ELROND)",
+            category="ELROND",
+            description="Trains a TopK sparse autoencoder on the gradients; its dictionary holds the directions.",
+            inputs=[
+                GradientsIO.Input("gradients", tooltip="From Collect Gradients or Load Gradients; thousands help."),
+                io.Int.Input(
+                    "latents", default=0, min=0, max=65536, tooltip="Size of the dictionary; 0 takes the width d."
+                ),
+                io.Int.Input(
+                    "k",
+                    default=0,
+                    min=0,
+                    max=1024,
+                    tooltip="Dictionary entries that explain one gradient; 0 takes 32, or less for a small dictionary.",
+                ),
+                io.Int.Input("epochs", default=20, min=1, max=10000, tooltip="Most passes over the gradients."),
+                io.Float.Input(
+                    "learning_rate",
+                    default=1e-3,
+                    min=1e-6,
+                    max=1.0,
+                    step=1e-5,
+                    round=False,
+                    tooltip="Gradients are brought to length one first, so this rarely needs a change.",
+                ),
+                io.Float.Input(
+                    "lowest_density",
+                    default=-5.0,
+                    min=-20.0,
+                    max=0.0,
+                    step=0.1,
+                    tooltip="Keep entries that fire on more than this share of gradients (log10).",
+                ),
+                io.Float.Input(
+                    "highest_density",
+                    default=0.0,
+                    min=-20.0,
+                    max=0.0,
+                    step=0.1,
+                    tooltip="Keep entries that fire on less than this share of gradients (log10).",
+                ),
+                seed_input("Fixes the training."),
+            ],
+            outputs=[
+                DirectionsIO.Output(display_name="directions", tooltip="The dictionary's entries, best first."),
+                io.Image.Output(display_name="plot", tooltip="Loss curve and firing densities."),
+                io.String.Output(display_name="report", tooltip="Unexplained variance, dead entries, settings."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        gradients: Gradients,
+        latents: int,
+        k: int,
+        epochs: int,
+        learning_rate: float,
+        lowest_density: float,
+        highest_density: float,
+        seed: int,
+    ) -> io.NodeOutput:
+        """Train with the host's progress bar."""
+        update: Any = None
+
+        def on_step(step: int, steps: int, loss: float) -> None:
+            nonlocal update
+            update = update or host.progress(steps)
+            update(step)
+
+        directions, report = train_sae(
+            gradients,
+            latents=latents or None,
+            k=k or None,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            density_range=(lowest_density, highest_density),
+            seed=seed,
+            on_step=on_step,
+        )
+        return io.NodeOutput(directions, image(plots.sae_report(report)), "\n".join(report.lines()))
+
+
+NODES = [FitPCA, FitResponse, TrainSAE]

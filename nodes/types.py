@@ -1,0 +1,22 @@
+"""Socket types of the pack, and the two conversions every node needs."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from comfy_api.latest import io
+
+GradientsIO = io.Custom("ELROND_GRADIENTS")
+DirectionsIO = io.Custom("ELROND_DIRECTIONS")
+
+SEED_LIMIT = 0xFFFFFFFFFFFFFFFF
+
+
+def image(picture: np.ndarray) -> torch.Tensor:
+    """A float (H, W, 3) picture as an IMAGE."""
+    return torch.from_numpy(np.ascontiguousarray(picture, dtype=np.float32))[None]
+
+
+def seed_input(tooltip: str) -> io.Int.Input:
+    """A seed that stays as it is unless the user asks for a new one, so that results can be repeated."""
+    return io.Int.Input("seed", default=0, min=0, max=SEED_LIMIT, control_after_generate=False, tooltip=tooltip)

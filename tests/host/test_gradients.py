@@ -1,0 +1,147 @@
+"""Gradients through the host's own model objects, against finite differences and themselves."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import pytest
+import torch
+from comfyui_elrond.elrond_core.errors import ElrondError
+from comfyui_elrond.elrond_core.gradients import gradient
+from comfyui_elrond.nodes import host
+
+
+def collect(nodes: dict[str, Any], teacher: SimpleNamespace, **changes: Any) -> Any:
+    settings = {"count": 12, "noise_level": 1.0, "batch_size": 4, "seed": 5, "response": True, **changes}
+    with torch.inference_mode():
+        return (
+            nodes["ElrondCollectGradients"]
+            .execute(model=teacher.model, positive=teacher.positive, realizations=teacher.realizations, **settings)
+            .args[0]
+        )
+
+
+@pytest.mark.parametrize("noise_level", [1.0, 0.6])
+def test_gradient_equals_central_finite_differences(teacher: SimpleNamespace, noise_level: float) -> None:
+    sigma = host.sigma_of(teacher.model, noise_level)
+
+    def work(denoiser: host.HostDenoiser, latents: torch.Tensor) -> list[tuple[float, float, float]]:
+        source, target = latents[:1], latents[1:2]
+        noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(0))
+        vectors, _ = gradient(denoiser, source, target, noise, sigma)
+        noisy = denoiser.noised(source, noise, sigma)
+
+        def loss(rows: torch.Tensor) -> float:
+            return float(((denoiser.denoised(noisy, sigma, rows[None]) - target).double() ** 2).mean())
+
+        found = []
+        for seed in range(4):
+            direction = torch.randn(denoiser.rows.shape, generator=torch.Generator().manual_seed(seed))
+            # Along a random direction the slope may happen to be near zero, so each is tilted towards the gradient.
+            direction = direction / direction.norm() + vectors[0] / vectors[0].norm()
+            step = 0.02
+            slope = (loss(denoiser.rows + step * direction) - loss(denoiser.rows - step * direction)) / (2 * step)
+            found.append((slope, float((vectors[0] * direction).sum()), float(vectors[0].norm())))
+        return found
+
+    for slope, product, length in host.visit(
+        teacher.model, teacher.positive, None, 1.0, teacher.realizations["samples"], 0, work
+    ):
+        assert length > 1e-5
+        assert slope == pytest.approx(product, rel=1e-3)
+
+
+def test_step_against_the_gradient_lowers_the_loss(teacher: SimpleNamespace) -> None:
+    def work(denoiser: host.HostDenoiser, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        source, target = latents[:8], latents[8:16]
+        noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(0))
+        vectors, _ = gradient(denoiser, source, target, noise, 1.0)
+        noisy = denoiser.noised(source, noise, 1.0)
+        before = denoiser.rows.expand(8, -1, -1)
+        after = before - 0.1 * vectors / vectors.norm(dim=(1, 2), keepdim=True)
+        losses = [((denoiser.denoised(noisy, 1.0, r) - target) ** 2).mean((1, 2, 3)) for r in (before, after)]
+        return losses[0], losses[1]
+
+    before, after = host.visit(teacher.model, teacher.positive, None, 1.0, teacher.realizations["samples"], 0, work)
+    assert (after < before).all()
+
+
+def test_batch_size_changes_nothing(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
+    one, three, eight = (collect(nodes, teacher, batch_size=size) for size in (1, 3, 8))
+    for other in (three, eight):
+        assert torch.equal(one.sources, other.sources) and torch.equal(one.targets, other.targets)
+        torch.testing.assert_close(one.vectors, other.vectors, rtol=1e-4, atol=1e-4 * float(one.vectors.abs().max()))
+        torch.testing.assert_close(one.response, other.response, rtol=1e-4, atol=1e-4 * float(one.response.abs().max()))
+    assert not torch.allclose(one.vectors, collect(nodes, teacher, seed=6).vectors)
+
+
+def test_provenance_says_where_gradients_come_from(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
+    origin = collect(nodes, teacher).provenance
+    assert (origin.family, origin.concept, origin.prompt, origin.rows) == ("Demo", "thing", "a thing", (2,))
+    assert origin.count == 12 and origin.seed == 5 and origin.sigma == (1.0,)
+    assert origin.token_norm == pytest.approx(float(teacher.positive[0][0][0, 2].norm()), rel=1e-5)
+
+
+def test_guidance_keeps_the_gradient_of_the_guided_estimate(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
+    # The guided estimate is u + w(c - u) and only c depends on the concept, so its Jacobian is w times the plain one,
+    # and so is the response to the same white noise.
+    with torch.inference_mode():
+        negative = host.encode(teacher.clip, "")
+    plain = collect(nodes, teacher)
+    guided = collect(nodes, teacher, negative=negative, cfg=2.5)
+    torch.testing.assert_close(
+        guided.response, 2.5 * plain.response, rtol=1e-3, atol=1e-4 * float(plain.response.abs().max())
+    )
+
+
+def test_collection_leaves_the_model_as_it_was(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
+    def picture() -> torch.Tensor:
+        noise = torch.randn(2, 24, 8, 8, generator=torch.Generator().manual_seed(1))
+        with torch.inference_mode():
+            return comfy.sample.sample(
+                teacher.model,
+                noise,
+                4,
+                1.0,
+                "euler",
+                "simple",
+                teacher.positive,
+                teacher.positive,
+                torch.zeros_like(noise),
+                disable_pbar=True,
+                seed=0,
+            )
+
+    before = picture()
+    flags = [p.requires_grad for p in teacher.model.model.parameters()]
+    training = getattr(comfy.model_management, "in_training", None)
+    collect(nodes, teacher)
+    with pytest.raises(RuntimeError, match="stop here"):
+        host.visit(
+            teacher.model,
+            teacher.positive,
+            None,
+            1.0,
+            teacher.realizations["samples"],
+            0,
+            lambda denoiser, latents: (_ for _ in ()).throw(RuntimeError("stop here")),
+        )
+    assert [p.requires_grad for p in teacher.model.model.parameters()] == flags
+    assert getattr(comfy.model_management, "in_training", None) == training
+    assert torch.is_inference_mode_enabled() is False
+    assert torch.equal(picture(), before)
+
+
+def test_bad_input_is_one_sentence(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
+    one = {"samples": teacher.realizations["samples"][:1]}
+    with pytest.raises(ElrondError, match="at least two realizations"):
+        nodes["ElrondCollectGradients"].execute(teacher.model, teacher.positive, one, 4, 1.0, 1, 0, False)
+    with torch.inference_mode():
+        stock = host.encode(teacher.clip, "a thing")
+    with pytest.raises(ElrondError, match="Encode Concept"):
+        nodes["ElrondCollectGradients"].execute(teacher.model, stock, teacher.realizations, 4, 1.0, 1, 0, False)
+    with pytest.raises(ElrondError, match="negative prompt"):
+        collect(nodes, teacher, cfg=4.0)

@@ -1,0 +1,214 @@
+"""The other nodes in process: encoding, sampling, steering, files."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.sample
+import pytest
+import torch
+from comfyui_elrond.elrond_core.directions import Directions
+from comfyui_elrond.elrond_core.errors import ElrondError
+from comfyui_elrond.elrond_core.provenance import Provenance
+from comfyui_elrond.nodes import host
+
+
+def directions(width: int = 128, family: str = "Demo", count: int = 3) -> Directions:
+    vectors = torch.nn.functional.normalize(torch.randn(count, 1, width, generator=torch.manual_seed(0)), dim=2)
+    scores = torch.arange(count, 0, -1).float()
+    return Directions(vectors, scores, {"name": "test"}, Provenance(family, concept="thing"))
+
+
+def picture(teacher: SimpleNamespace, positive: Any, count: int = 1) -> torch.Tensor:
+    noise = torch.randn(1, 24, 8, 8, generator=torch.Generator().manual_seed(1)).repeat(count, 1, 1, 1)
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            teacher.model,
+            noise,
+            4,
+            1.0,
+            "euler",
+            "simple",
+            positive,
+            positive,
+            torch.zeros_like(noise),
+            disable_pbar=True,
+            seed=0,
+        )
+
+
+def encode(nodes: dict[str, Any], teacher: SimpleNamespace, prompt: str, concept: str = "", which: int = 1) -> Any:
+    return nodes["ElrondEncodeConcept"].execute(teacher.clip, prompt, concept, which).args
+
+
+def apply(nodes: dict[str, Any], positive: Any, strength: float, **changes: Any) -> Any:
+    settings = {"index": 0, "unit": "token norms", "start": 0.0, "end": 1.0, "concept": "", **changes}
+    found = settings.pop("directions", None) or directions()
+    return (
+        nodes["ElrondApplyDirection"]
+        .execute(conditioning=positive, directions=found, strength=strength, **settings)
+        .args[0]
+    )
+
+
+def test_encode_concept_is_the_stock_conditioning(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
+    marked, report = encode(nodes, teacher, "a red [ball]")
+    stock = host.encode(teacher.clip, "a red ball")
+    assert torch.equal(marked[0][0], stock[0][0])
+    assert "rows [3]" in report
+    # Causal encoder: another noun changes no row before the concept's, and that one most of all.
+    other = host.encode(teacher.clip, "a red box")[0][0]
+    change = (other - stock[0][0])[0].norm(dim=1)
+    assert (change[:3] == 0).all() and change.argmax() == 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "concept", "which", "rows"),
+    [
+        ("a chiaroscuro [ball]", "", 1, [5]),
+        ("a ball and a ball", "ball", 2, [5]),
+        ("a Ball, on a box.", "ball", 1, [2]),
+        ("a red ball", "red ball", 1, [2, 3]),
+        ("a (ball:1.3) here", "ball", 1, [2]),
+    ],
+)
+def test_rows_of_awkward_words(
+    nodes: dict[str, Any], teacher: SimpleNamespace, prompt: str, concept: str, which: int, rows: list[int]
+) -> None:
+    marked, _ = encode(nodes, teacher, prompt, concept, which)
+    assert list(host.marked(marked)[1]["concepts"][0].rows) == rows
+
+
+@pytest.mark.parametrize(
+    ("prompt", "concept", "sentence"),
+    [
+        ("a red ball", "dog", r"'dog' is not in the prompt, which the encoder cut as: a \| red \| ball"),
+        ("a red ball", "", "Name the concept"),
+        ("a [red ball", "", "brackets"),
+        ("a [] ball", "", "empty brackets"),
+    ],
+)
+def test_encode_concept_refuses(
+    nodes: dict[str, Any], teacher: SimpleNamespace, prompt: str, concept: str, sentence: str
+) -> None:
+    with pytest.raises(ElrondError, match=sentence):
+        encode(nodes, teacher, prompt, concept)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "lcm"])
+def test_a_realization_depends_on_seed_and_index_only(
+    nodes: dict[str, Any], teacher: SimpleNamespace, sampler: str
+) -> None:
+    def sample(batch: int) -> torch.Tensor:
+        node = nodes["ElrondSampleRealizations"]
+        with torch.inference_mode():
+            return node.execute(teacher.model, teacher.positive, 64, 64, 5, batch, 3, 4, 1.0, sampler, "simple").args[
+                0
+            ]["samples"]
+
+    whole, parts = sample(5), sample(2)
+    torch.testing.assert_close(whole, parts, rtol=1e-3, atol=1e-3)
+    assert (whole[0] - whole[1]).abs().max() > 0.1
+
+
+def test_steering_by_zero_is_bit_identical_and_else_it_is_not(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
+    plain = picture(teacher, teacher.positive)
+    assert torch.equal(picture(teacher, apply(nodes, teacher.positive, 0.0)), plain)
+    assert (picture(teacher, apply(nodes, teacher.positive, 0.7)) - plain).abs().max() > 1e-2
+
+
+def test_steering_moves_the_concepts_rows_only(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
+    before = teacher.positive[0][0]
+    after = apply(nodes, teacher.positive, 0.5)[0][0]
+    norm = before[0, 2].norm()
+    torch.testing.assert_close(after[0, 2] - before[0, 2], 0.5 * norm * directions().vectors[0, 0], rtol=0, atol=1e-5)
+    others = [i for i in range(16) if i != 2]
+    assert torch.equal(after[:, others], before[:, others])
+
+
+def test_directions_chain_and_commute(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
+    def both(first: int, second: int) -> torch.Tensor:
+        once = apply(nodes, teacher.positive, 0.3, index=first)
+        return apply(nodes, once, 0.3, index=second)[0][0]
+
+    torch.testing.assert_close(both(0, 1), both(1, 0))
+
+
+def test_steering_part_of_the_sampling(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
+    plain = picture(teacher, teacher.positive)
+    whole = picture(teacher, apply(nodes, teacher.positive, 0.7))
+    early = picture(teacher, apply(nodes, teacher.positive, 0.7, end=0.5))
+    late = picture(teacher, apply(nodes, teacher.positive, 0.7, start=0.5))
+    for one in (early, late):
+        assert (one - plain).abs().max() > 1e-4 and (one - whole).abs().max() > 1e-4
+    # Ranges that meet cover the sampling once: steering early, then late by the same amount, is steering throughout.
+    halves = apply(nodes, apply(nodes, teacher.positive, 0.7, end=0.5), 0.7, start=0.5)
+    torch.testing.assert_close(picture(teacher, halves), whole)
+
+
+def test_diversify_gives_each_image_its_own_step(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
+    settings = {
+        "lowest": 0.3,
+        "highest": 0.6,
+        "unit": "token norms",
+        "mix": 2,
+        "leading": 0,
+        "both_signs": True,
+        "start": 0.0,
+        "end": 1.0,
+        "concept": "",
+    }
+    run = nodes["ElrondDiversify"].execute
+    four, report = run(conditioning=teacher.positive, directions=directions(), count=4, seed=1, **settings).args
+    six, _ = run(conditioning=teacher.positive, directions=directions(), count=6, seed=1, **settings).args
+    assert four[0][0].shape == (4, 16, 128) and len(report.splitlines()) == 4
+    assert torch.equal(six[0][0][:4], four[0][0])
+    moved = (four[0][0] - teacher.positive[0][0])[:, 2].norm(dim=1) / teacher.positive[0][0][0, 2].norm()
+    assert (moved > 0.299).all() and (moved < 0.601).all()
+    images = picture(teacher, four, count=4)
+    assert min(float((images[i] - images[j]).abs().max()) for i in range(4) for j in range(i)) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"index": 3}, "no direction 3: this set holds 0 to 2"),
+        ({"directions": directions(family="SDXL")}, "made for SDXL, but the prompt was encoded for Demo"),
+        ({"directions": directions(width=64)}, "64 wide and the conditioning is 128 wide"),
+        ({"concept": "dog"}, "no marked concept 'dog'; it has 'thing'"),
+        ({"start": 0.5, "end": 0.5}, "start before it ends"),
+    ],
+)
+def test_apply_direction_refuses(
+    nodes: dict[str, Any], teacher: SimpleNamespace, changes: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ElrondError, match=sentence):
+        apply(nodes, teacher.positive, 0.5, **changes)
+
+
+def test_directions_and_gradients_survive_the_disk(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
+    saved = nodes["ElrondSaveDirections"].execute(directions(), "animals/cat", False).args[1]
+    again = nodes["ElrondSaveDirections"].execute(directions(), "animals/cat", False).args[1]
+    assert (saved, again) == ("animals/cat", "animals/cat-2")
+    loaded, report = nodes["ElrondLoadDirections"].execute("animals/cat").args
+    assert torch.equal(loaded.vectors, directions().vectors) and "thing" in report
+    assert nodes["ElrondLoadDirections"].validate_inputs("animals/cat") is True
+    assert "there are:" in nodes["ElrondLoadDirections"].validate_inputs("animals/dog")
+    with pytest.raises(ElrondError):
+        nodes["ElrondSaveDirections"].execute(directions(), "../../evil", False)
+
+
+def test_the_vae_gives_back_what_it_took(teacher: SimpleNamespace) -> None:
+    from demo.captions import compose, draw_factors
+    from demo.world import measure, render
+
+    factors = draw_factors([compose("thing", [])] * 64, torch.Generator().manual_seed(0))
+    images = render(factors).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    with torch.inference_mode():
+        decoded = teacher.vae.decode(teacher.vae.encode(images))
+    seen = measure(decoded)
+    assert seen.valid.all()
+    assert torch.equal(seen.factors["shape"], factors["shape"])
+    for name in ("hue", "size", "x", "y", "background"):
+        assert (seen.factors[name] - factors[name]).abs().max() < 0.06, name

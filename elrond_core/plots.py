@@ -1,0 +1,121 @@
+"""Reports as pictures: float32 arrays (H, W, 3) in [0, 1], which the host shows as images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from .lid import LIDReport
+from .pca import Spectrum
+from .sae import SAEReport
+from .subspace import Comparison
+
+# Okabe and Ito's colours, told apart by colour-blind readers too.
+_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
+_SHOWN = 128
+
+
+def scree(spectrum: Spectrum) -> np.ndarray:
+    """Eigenvalues in order, with the threshold and what was kept."""
+    figure, (axes,) = _figure(1)
+    ranks, values = _leading(spectrum.eigenvalues)
+    kept = ranks <= spectrum.kept
+    axes.plot(ranks[kept], values[kept], "o", color=_BLUE, markersize=5, label=f"kept: {spectrum.kept}")
+    axes.plot(ranks[~kept], values[~kept], "o", color=_GREY, markersize=3, alpha=0.6, label="left out")
+    if spectrum.threshold > 0:
+        axes.axhline(spectrum.threshold, color=_ORANGE, linestyle="--", label=f"threshold: {spectrum.threshold:.3g}")
+    axes.set_yscale("log")
+    axes.set(xlabel="component", ylabel=spectrum.name)
+    axes.set_title(f"{spectrum.significant} components above the threshold, {spectrum.count} gradients")
+    axes.legend()
+    return _render(figure)
+
+
+def sae_report(report: SAEReport) -> np.ndarray:
+    """The loss curve and the histogram of firing densities of an autoencoder."""
+    figure, (left, right) = _figure(2)
+    losses = report.losses.numpy()
+    steps = np.arange(1, len(losses) + 1)
+    left.plot(steps, losses, color=_BLUE, alpha=0.3, linewidth=1)
+    width = max(1, len(losses) // 50)
+    smooth = np.convolve(losses, np.ones(width) / width, "valid")
+    left.plot(steps[width - 1 :], smooth, color=_BLUE, linewidth=2)
+    left.set_yscale("log")
+    left.set(xlabel="step", ylabel="unexplained variance (FVU)", title=f"FVU {report.fvu:.3f} over all gradients")
+
+    densities = report.log_densities[torch.isfinite(report.log_densities)].numpy()
+    low, high = report.density_range
+    right.hist(densities, bins=40, color=_GREEN)
+    right.axvspan(max(low, min(densities.min(initial=0.0), -1.0)), high, color=_BLUE, alpha=0.1, label="kept range")
+    right.set(xlabel="log10 of the share of gradients", ylabel="latents")
+    right.set_title(f"{len(report.kept)} of {report.latents} latents kept, {report.dead:.0%} dead")
+    right.legend()
+    return _render(figure)
+
+
+def lid_plot(report: LIDReport) -> np.ndarray:
+    """The spectrum, what noise alone would have had, the cut and its interval; and the published estimates."""
+    figure, (axes,) = _figure(1)
+    ranks, values = _leading(report.eigenvalues)
+    low, high = report.interval
+    end, label = (high, f"90 % interval: {low} to {high}") if high is not None else (len(values), f"{low} or more")
+    axes.axvspan(low + 0.5, end + 0.5, color=_BLUE, alpha=0.15, label=label)
+    axes.plot(ranks, values, "o", color=_BLUE, markersize=4, label="gradients")
+    axes.plot(ranks, _leading(report.null)[1], color=_GREY, label="noise alone")
+    axes.axhline(report.threshold, color=_ORANGE, linestyle="--", label="what noise does not reach")
+    published = f"published: {report.ratio} by share, {report.gap} by gap, {report.variance95} to 95 %"
+    axes.plot([], [], " ", label=published)
+    axes.set_yscale("log")
+    axes.set_xscale("log")
+    axes.set(xlabel="component", ylabel="variance")
+    bound = "" if report.detectable else "at least "
+    axes.set_title(f"Intrinsic dimension: {bound}{report.estimate}, from {report.count} gradients")
+    axes.legend()
+    return _render(figure)
+
+
+def subspace_heatmap(comparison: Comparison, names: tuple[str, str] = ("A", "B")) -> np.ndarray:
+    """Cosines between the directions of two sets, and the principal angles between their spans."""
+    figure, (left, right) = _figure(2)
+    picture = left.imshow(comparison.cosines.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    figure.colorbar(picture, ax=left, label="|cosine|")
+    left.set(xlabel=f"direction of {names[1]}", ylabel=f"direction of {names[0]}")
+    left.set_title("single directions")
+    for axis in (left.xaxis, left.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+
+    angles = comparison.angles.numpy()
+    right.bar(np.arange(1, len(angles) + 1), angles, color=_GREEN)
+    right.set(xlabel="principal pair", ylabel="angle in degrees", ylim=(0, 90))
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.set_title(f"reconstruction {comparison.reconstruction:.2f}, hallucination {comparison.hallucination:.2f}")
+    return _render(figure)
+
+
+def _leading(values: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks and values of the leading ones, without those that a logarithm cannot show."""
+    shown = values[:_SHOWN].numpy()
+    return np.arange(1, len(shown) + 1), np.where(shown > 1e-9 * shown.max(initial=0), shown, np.nan)
+
+
+def _figure(columns: int) -> tuple[Figure, Sequence[Axes]]:
+    # Not pyplot: it keeps every figure in a global list, and the host runs nodes in threads.
+    figure = Figure(figsize=(9, 5), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for part in axes:
+        part.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _render(figure: Figure) -> np.ndarray:
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].astype(np.float32) / 255

@@ -1,0 +1,149 @@
+"""Collecting gradients, on a small network: against finite differences, over batch sizes, seeds, and in use."""
+
+import pytest
+import torch
+
+from elrond_core.errors import ElrondError
+from elrond_core.gradients import Gradients, collect, draw_pairs, gradient
+from elrond_core.provenance import Provenance
+from elrond_core.seeding import normal
+
+SHAPE, ROWS, WIDTH = (2, 4, 4), 2, 5
+HERE = Provenance("toy", concept="thing")
+
+
+class Network:
+    """A denoiser of 32 latent values, conditioned on two rows of five; its weights are in double precision."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        g = torch.Generator().manual_seed(0)
+        self.rows = torch.randn(ROWS, WIDTH, generator=g)
+        self.first = torch.randn(32 + ROWS * WIDTH, 24, generator=g, dtype=torch.float64) / 6
+        self.second = torch.randn(24, 32, generator=g, dtype=torch.float64) * scale / 5
+        self.sizes: list[int] = []
+
+    def noised(self, latents: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:
+        return (1 - sigma) * latents + sigma * noise
+
+    def denoised(self, noisy: torch.Tensor, sigma: float, rows: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(len(noisy))
+        inputs = torch.cat([noisy.flatten(1).double() * sigma, rows.flatten(1).double()], dim=1)
+        return (torch.tanh(inputs @ self.first) @ self.second).reshape(-1, *SHAPE)
+
+
+@pytest.fixture(scope="module")
+def realizations() -> torch.Tensor:
+    return torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+def run(realizations: torch.Tensor, count: int = 12, **options) -> Gradients:
+    return collect(Network(), realizations, HERE, count, **{"sigma": 0.7, "seed": 3, "response": True, **options})
+
+
+def loss(rows: torch.Tensor, noisy: torch.Tensor, target: torch.Tensor) -> float:
+    return float((Network().denoised(noisy, 0.7, rows) - target).square().mean())
+
+
+def test_central_differences(realizations: torch.Tensor) -> None:
+    found = run(realizations)
+    model = Network()
+    noise = normal(SHAPE, 3, "noise", list(range(12)))
+    probes = normal(SHAPE, 3, "probe", list(range(12)))
+    step = 1e-4
+    for i in (0, 5, 11):
+        noisy = model.noised(realizations[found.sources[i]][None], noise[i : i + 1], 0.7)
+        target = realizations[found.targets[i]][None].double()
+        for row in range(ROWS):
+            for column in range(WIDTH):
+                nudge = torch.zeros(1, ROWS, WIDTH, dtype=torch.float64)
+                nudge[0, row, column] = step
+                up, down = model.rows.double() + nudge, model.rows.double() - nudge
+                slope = (loss(up, noisy, target) - loss(down, noisy, target)) / (2 * step)
+                assert float(found.vectors[i, row, column]) == pytest.approx(slope, rel=1e-4, abs=1e-8)
+                change = model.denoised(noisy, 0.7, up) - model.denoised(noisy, 0.7, down)
+                answer = 2 / 32 * float((change * probes[i]).sum()) / (2 * step)
+                assert float(found.response[i, row, column]) == pytest.approx(answer, rel=1e-4, abs=1e-8)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_the_batch_size_does_not_matter(realizations: torch.Tensor, batch_size: int) -> None:
+    one, other = run(realizations), run(realizations, batch_size=batch_size)
+    assert torch.equal(one.sources, other.sources) and torch.equal(one.targets, other.targets)
+    assert torch.allclose(one.vectors, other.vectors, rtol=1e-5, atol=1e-9)
+    assert torch.allclose(one.response, other.response, rtol=1e-5, atol=1e-9)
+
+
+def test_a_longer_collection_starts_with_the_shorter(realizations: torch.Tensor) -> None:
+    short, long = run(realizations, count=5), run(realizations, count=12)
+    assert torch.allclose(short.vectors, long.vectors[:5], rtol=1e-5, atol=1e-9)
+
+
+def test_the_seed_decides(realizations: torch.Tensor) -> None:
+    one, same, other = (run(realizations, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(one.vectors, same.vectors)
+    assert not torch.allclose(one.vectors, other.vectors)
+
+
+def test_following_the_gradient_turns_a_into_b(realizations: torch.Tensor) -> None:
+    found, model = run(realizations), Network()
+    noise = normal(SHAPE, 3, "noise", list(range(12)))
+    for i in range(12):
+        noisy = model.noised(realizations[found.sources[i]][None], noise[i : i + 1], 0.7)
+        target = realizations[found.targets[i]][None].double()
+        g = found.vectors[i][None].double()
+        before = loss(model.rows.double()[None], noisy, target)
+        after = loss(model.rows.double()[None] - 0.01 * g / g.norm(), noisy, target)
+        # The slope is what the gradient's length promises.
+        assert (before - after) / 0.01 == pytest.approx(float(g.norm()), rel=0.05)
+
+
+def test_what_is_recorded(realizations: torch.Tensor) -> None:
+    progress: list[int] = []
+    found = run(realizations, batch_size=5, on_batch=progress.append)
+    assert progress == [5, 10, 12]
+    assert found.vectors.shape == found.response.shape == (12, ROWS, WIDTH)
+    assert found.vectors.dtype == torch.float32 and found.flat.shape == (12, ROWS * WIDTH)
+    here = found.provenance
+    assert (here.count, here.seed, here.sigma, here.concept) == (12, 3, (0.7,), "thing")
+    assert here.token_norm == pytest.approx(float(Network().rows.norm(dim=1).mean()))
+    assert len(run(realizations, response=False).response) == 0
+
+
+def test_cancelling(realizations: torch.Tensor) -> None:
+    def cancel(done: int) -> None:
+        raise InterruptedError(done)
+
+    with pytest.raises(InterruptedError, match="2"):
+        run(realizations, batch_size=2, on_batch=cancel)
+
+
+def test_pairs() -> None:
+    pairs = draw_pairs(4000, 5, 0)
+    assert (pairs[:, 0] != pairs[:, 1]).all() and pairs.min() == 0 and pairs.max() == 4
+    assert torch.equal(pairs[:100], draw_pairs(100, 5, 0))
+    counts = torch.bincount(pairs[:, 0] * 5 + pairs[:, 1], minlength=25).reshape(5, 5)
+    # 200 expected of each of the twenty ordered pairs; five standard deviations are 69.
+    assert (counts.fill_diagonal_(200) - 200).abs().max() < 69
+
+
+class Detached(Network):
+    def denoised(self, noisy: torch.Tensor, sigma: float, rows: torch.Tensor) -> torch.Tensor:
+        return noisy
+
+
+def test_what_is_refused(realizations: torch.Tensor) -> None:
+    with pytest.raises(ElrondError, match="number of gradients must be at least 1, got 0"):
+        run(realizations, count=0)
+    with pytest.raises(ElrondError, match="noise level must be above zero, got 0"):
+        run(realizations, sigma=0)
+    with pytest.raises(ElrondError, match="two realizations to compare, and there is 1"):
+        run(realizations[:1])
+    a = realizations[:1]
+    with pytest.raises(ElrondError, match="does not depend on the concept's rows"):
+        gradient(Detached(), a, a, a, 0.5)
+    with pytest.raises(ElrondError, match="not finite; load it in bfloat16 or float32"):
+        gradient(Network(scale=torch.inf), a, a, a, 0.5)
+    with pytest.raises(ElrondError, match=r"Gradients must be \(N, rows, d\), got \(3, 4\)"):
+        Gradients(torch.ones(3, 4), torch.ones(3), a, a, HERE, torch.ones(0, 4))
+    with pytest.raises(ElrondError, match="3 gradients need as many noise levels"):
+        Gradients(torch.ones(3, 1, 4), torch.ones(2), torch.ones(3), torch.ones(3), HERE, torch.ones(0, 1, 4))

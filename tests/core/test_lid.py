@@ -1,0 +1,129 @@
+"""Intrinsic dimension: known ranks found whatever the sample, and no guess where there is nothing to see."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from elrond_core.errors import ElrondError
+from elrond_core.gradients import Gradients
+from elrond_core.lid import estimate_lid
+from elrond_core.moments import Moments
+from elrond_core.provenance import Provenance
+
+
+def gradients(vectors: torch.Tensor, response: torch.Tensor | None = None) -> Gradients:
+    count = len(vectors)
+    zeros = torch.zeros(count, dtype=torch.int64)
+    nothing = torch.empty(0, *vectors.shape[1:])
+    response = nothing if response is None else response
+    return Gradients(vectors, torch.ones(count), zeros, zeros, Provenance("SDXL"), response)
+
+
+def sample(rank: int, count: int, strength: float, spread: float = 0.0, size: int = 64, seed: int = 0) -> Gradients:
+    """Gradients (count, 1, size) of known rank: power-law variances, the least `strength` times what can be seen."""
+    g = torch.Generator().manual_seed(seed)
+    noise = 1 + spread * math.sqrt(3) * (2 * torch.rand(size, generator=g) - 1)
+    variances = strength * math.sqrt(size / count) * rank / torch.arange(1, rank + 1)
+    axes = torch.linalg.qr(torch.randn(size, rank, generator=g))[0]
+    signal = (torch.randn(count, rank, generator=g) * variances.sqrt()) @ axes.T
+    return gradients((signal + torch.randn(count, size, generator=g) * noise.sqrt())[:, None])
+
+
+@pytest.mark.parametrize(("count", "rank"), [(250, 4), (250, 16), (2000, 4), (2000, 16)])
+@pytest.mark.parametrize("spread", [0.0, 0.15])
+def test_known_ranks(count: int, rank: int, spread: float) -> None:
+    for seed in range(3):
+        report = estimate_lid(sample(rank, count, 6.0, spread, seed=seed))
+        assert abs(report.estimate - rank) <= 0.1 * rank
+        low, high = report.interval
+        assert low <= rank and (high is None or rank <= high)
+        assert report.noise == pytest.approx(1, abs=0.15)
+
+
+def test_does_not_drift_with_the_sample_where_the_published_do() -> None:
+    # Variances that stay the same while the sample grows.
+    reports = [estimate_lid(sample(12, count, 4.0 * math.sqrt(count / 300))) for count in (300, 1000, 6000)]
+    assert [report.estimate for report in reports] == [12, 12, 12]
+    assert reports[1].detectable and reports[2].detectable
+    assert len({report.variance95 for report in reports} | {12}) > 1
+
+
+def test_fewer_gradients_than_dimensions() -> None:
+    report = estimate_lid(sample(6, 100, 6.0, size=300))
+    assert report.estimate == 6 and len(report.eigenvalues) == 99 == len(report.null)
+
+
+def test_several_rows_and_moments_give_the_same() -> None:
+    source = sample(4, 500, 6.0)
+    rows = gradients(source.vectors.reshape(500, 2, 32))
+    one, two, three = estimate_lid(source), estimate_lid(rows), estimate_lid(Moments.of(rows))
+    assert one.lines() == two.lines() == three.lines()
+    assert two.threshold == pytest.approx(one.threshold)
+
+
+def test_says_so_when_nothing_can_be_seen() -> None:
+    for seed in range(4):
+        report = estimate_lid(sample(4, 400, 0.1, seed=seed))
+        assert report.estimate <= 1 and not report.detectable and report.interval[1] is None
+    report = estimate_lid(gradients(sample(4, 400, 0.0).vectors))
+    assert report.estimate == 0
+    assert report.verdict == "Nothing rises above the noise floor of 400 gradients; collect more."
+
+
+def test_says_so_when_signal_runs_into_the_noise() -> None:
+    for seed in range(4):
+        report = estimate_lid(sample(16, 400, 0.4, seed=seed))
+        assert not report.detectable and report.estimate < 16 and report.interval[1] is None
+        assert "more may be hidden" in report.verdict
+        assert f"{report.interval[0]} or more" in report.lines()[0]
+
+
+def test_says_so_without_a_noise_floor() -> None:
+    scale = 0.8 ** torch.arange(64)
+    report = estimate_lid(
+        gradients((torch.randn(500, 64, generator=torch.Generator().manual_seed(0)) * scale)[:, None])
+    )
+    assert not report.detectable
+
+
+def test_published_estimates() -> None:
+    # Orthogonal gradients of exactly known variances: 32 % on each of two axes, 18 % on two more, nothing else.
+    half = torch.cat([torch.diag(torch.tensor([2.0, 2.0, 1.5, 1.5])) @ torch.eye(4, 40)] * 10)
+    report = estimate_lid(gradients(torch.cat([half, -half])[:, None]))
+    assert report.variance95 == 4 and report.ratio == 4 and report.gap == 4 == report.estimate
+    assert estimate_lid(gradients(torch.cat([half, -half])[:, None]), significance=8).ratio == 2
+
+
+def test_response_counts_absolutely() -> None:
+    g = torch.Generator().manual_seed(0)
+    jacobian = torch.randn(200, 30, generator=g) / 200**0.5
+    loud = torch.linalg.qr(jacobian)[0][:, :3] * torch.tensor([100.0, 2.0, 1.5])
+    vectors = (torch.randn(2000, 3, generator=g) @ loud.T) @ jacobian
+    response = torch.randn(2000, 200, generator=g) @ jacobian
+    report = estimate_lid(gradients(vectors[:, None], response[:, None]))
+    # A variance of 10,000 does not hide variances of 4 and 2.25 beside it.
+    assert report.response == 3 and report.ratio == 1
+    assert estimate_lid(gradients(vectors[:, None])).response is None
+
+
+def test_agrees_with_an_independent_estimator() -> None:
+    skdim = pytest.importorskip("skdim")
+    vectors = sample(5, 2000, 400.0).vectors[:, 0].numpy()
+    other = skdim.id.lPCA(ver="maxgap").fit(vectors).dimension_
+    assert estimate_lid(gradients(torch.from_numpy(vectors)[:, None])).estimate == int(np.round(other)) == 5
+
+
+@pytest.mark.parametrize(
+    ("vectors", "sentence"),
+    [
+        (torch.randn(19, 1, 64), "at least 20 gradients of 20 values, got 19 gradients of 64"),
+        (torch.randn(50, 1, 8), "at least 20 gradients of 20 values, got 50 gradients of 8"),
+        (torch.ones(50, 1, 64), "All gradients are the same"),
+        (torch.full((50, 1, 64), torch.nan), "Gradient 0 is not finite"),
+    ],
+)
+def test_what_is_refused(vectors: torch.Tensor, sentence: str) -> None:
+    with pytest.raises(ElrondError, match=sentence):
+        estimate_lid(gradients(vectors))

@@ -17,7 +17,7 @@ from .world import CONTINUOUS, FACTORS, SHAPES
 WORDS: dict[str, dict[str, tuple[float, float]]] = {
     "shape": {"round": (0, 0), "square": (1, 1), "pointed": (2, 2)},
     "hue": {"red": (0.0, 0.13), "yellow": (0.22, 0.31), "green": (0.41, 0.60), "blue": (0.72, 1.0)},
-    "size": {"small": (0.0, 0.26), "medium": (0.37, 0.63), "large": (0.74, 1.0)},
+    "size": {"small": (0.0, 0.35), "large": (0.65, 1.0)},
     "x": {"left": (0.0, 0.26), "central": (0.37, 0.63), "right": (0.74, 1.0)},
     "y": {"top": (0.0, 0.26), "middle": (0.37, 0.63), "bottom": (0.74, 1.0)},
     "background": {"dark": (0.0, 0.26), "gray": (0.37, 0.63), "bright": (0.74, 1.0)},

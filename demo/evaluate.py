@@ -10,6 +10,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import host  # noqa: F401
 
@@ -31,9 +32,9 @@ BATCH = 64
 class Demo:
     """A demo model, loaded, with the settings it is sampled with."""
 
-    model: object
-    clip: object
-    vae: object
+    model: Any
+    clip: Any
+    vae: Any
     steps: int
     cfg: float
 
@@ -92,7 +93,7 @@ def evaluate(demo: Demo, images: int, seed: int = 1) -> dict[str, object]:
         if caption.named:
             captions.append(caption)
     seen = measure(demo.sample(torch.cat([demo.encode(c.text) for c in captions]), seed))
-    named: dict[str, list[float]] = {}
+    named: dict[str, float] = {}
     for factor in WORDS:
         chosen = [i for i, c in enumerate(captions) if factor in c.named]
         words = word_of(factor, seen.factors[factor])

@@ -68,6 +68,10 @@ class PatchVAE(torch.nn.Module):
     Decoded images are 64x64, every pixel doubled, so that a latent cell is 8x8 pixels as in Stable Diffusion.
     """
 
+    mean: torch.Tensor
+    basis: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         size = 3 * PATCH * PATCH

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -42,7 +43,7 @@ def sheet(path: Path, rows: list[tuple[str, torch.Tensor]], columns: list[str] |
     picture.save(path)
 
 
-def complexity_chart(path: Path, rows: list[dict[str, object]]) -> None:
+def complexity_chart(path: Path, rows: list[dict[str, Any]]) -> None:
     """Estimated against true complexity, one labelled point a concept."""
     figure = Figure(figsize=(7, 5), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)

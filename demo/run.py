@@ -12,6 +12,7 @@ import io
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class Demo:
         pictures = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=np.float32) / 255 for data in files]
         return torch.from_numpy(np.stack(pictures))
 
-    def sample(self, model: str, prompts: list[tuple[str, dict[str, Any] | None]], count: int, seed: int) -> list:
+    def sample(self, model: str, prompts: Sequence[tuple[str, dict[str, Any] | None]], count: int, seed: int) -> list:
         """Images of several prompts of the concept, each with a steering node's inputs or None, in one graph."""
         graph: dict[str, Any] = {
             "model": _node("ElrondLoadDemoModel", name=model),
@@ -165,12 +166,13 @@ def compare_diversity(demo: Demo, lowest: float, highest: float) -> tuple[dict[s
     """Diversity over the factors nobody named, and alignment on those somebody did, of the three ways to sample."""
     captions: list[Caption] = [compose(CONCEPT, words) for words in PROMPTS]
     texts = [" ".join(["a", *words, f"[{CONCEPT}]"]) for words in PROMPTS]
-    ways = {
+    ways: dict[str, tuple[str, list[dict[str, Any] | None]]] = {
         "teacher": ("teacher", [None] * len(texts)),
         "student": ("student", [None] * len(texts)),
         "student_steered": ("student", [_diversify(i, lowest, highest) for i in range(len(texts))]),
     }
-    figures, bare = {}, {}
+    figures: dict[str, Any] = {}
+    bare = {}
     for name, (model, steering) in ways.items():
         batches = demo.sample(model, list(zip(texts, steering, strict=True)), IMAGES, SWEEP_SEED)
         seen = [measure(images) for images in batches]

@@ -28,9 +28,9 @@ from .world import render
 
 SEED = 2602
 BATCH = 64
-STEPS = 4500
-PEAK_RATE = 1.2e-3
-WARM_UP = 300
+# First step, last step and peak learning rate of each leg: a short warm-up, then a cosine to zero.
+LEGS = ((0, 4500, 1.2e-3), (4500, 7500, 8e-4))
+WARM_UP = 200
 EMA = 0.999
 # Shares of the training samples by what the denoiser sees: every row, the noun's row alone, the noun's row inside
 # the rows of the caption without attributes; the rest sees the empty caption, for guidance.
@@ -163,6 +163,13 @@ def velocity(unet: torch.nn.Module, noisy: torch.Tensor, sigma: torch.Tensor, co
     return out.float()
 
 
+def rate_at(step: int) -> float:
+    """The learning rate of a step."""
+    first, last, peak = next(leg for leg in LEGS if step < leg[1])
+    share = (step - first) / (last - first)
+    return peak * min(1, (step - first + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * share))
+
+
 def save_atomic(state: dict, path: Path) -> None:
     """Write a training checkpoint so that a crash leaves the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +185,7 @@ def train(steps: int, out: Path) -> None:
     initialise(unet)
     both = torch.nn.ModuleList([unet, text]).requires_grad_(True)
     parameters = list(both.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=rate_at(0), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     average = copy.deepcopy(both).requires_grad_(False)
     start, seconds, log = 0, 0.0, []
     state_file = out / "teacher.pt"
@@ -190,7 +197,7 @@ def train(steps: int, out: Path) -> None:
         start, seconds, log = state["step"], state["seconds"], state["log"]
     began, running = time.monotonic() - seconds, 0.0
     for step in range(start, steps):
-        rate = PEAK_RATE * min(1, (step + 1) / WARM_UP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        rate = rate_at(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
         captions, clean, generator = batch_of(step, BATCH, vae)
@@ -223,7 +230,7 @@ def train(steps: int, out: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, default=LEGS[-1][1])
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     train(arguments.steps, arguments.out)

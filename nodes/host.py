@@ -80,7 +80,7 @@ def pieces_of(clip: Any, prompt: str) -> tuple[list[Piece], int]:
 def _tokenizer(wrapper: Any, name: str) -> Any:
     for candidate in (f"clip_{name}", name, getattr(wrapper, "clip", "")):
         inner = getattr(wrapper, candidate, None) if candidate else None
-        if hasattr(inner, "tokenizer"):
+        if inner is not None and hasattr(inner, "tokenizer"):
             return inner.tokenizer
     raise ElrondError(f"ELROND does not know how this CLIP cuts text ({type(wrapper).__name__}).")
 

@@ -376,7 +376,7 @@ def decomposed(node: Any, file: str, kind: str, **inputs: Any) -> dict[str, Any]
         ("plain", "ElrondFitResponse", {}, "without the model's response"),
         ("few", "ElrondEstimateLID", {}, "at least 20 gradients"),
         ("plain", "ElrondTrainSAE", {"latents": 8, "k": 9}, "k|active"),
-        ("plain", "ElrondTrainSAE", {"lowest_density": -0.5, "highest_density": -1.0}, "density"),
+        ("plain", "ElrondTrainSAE", {"lowest_density": -0.5, "highest_density": -1.0}, "densities must go from low to high"),
     ],
 )
 def test_gradients_that_cannot_be_decomposed(

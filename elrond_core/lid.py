@@ -23,7 +23,7 @@ from .moments import Moments
 from .pca import fit_pca
 from .response import fit_response
 
-_LEVEL = 0.02
+_LEVEL = 0.05
 _DRAWS = 200
 # Quantiles of the lower 60 % of the bulk: signal that was not found yet sits at the top.
 _LEVELS = (np.arange(40) + 0.5) / 40 * 0.6

@@ -1,0 +1,289 @@
+"""How right the estimators are on data whose truth is known: the sparse autoencoder and the intrinsic dimension.
+
+    python -m bench.estimators sae            a known dictionary: atoms recovered, FVU, time
+    python -m bench.estimators sae --peers    and the same of public implementations, if they are installed
+    python -m bench.estimators lid            gradients of known rank: within 10 %, coverage, and what the others do
+    python -m bench.estimators summary        the figures of bench/results/estimators.json as text
+
+Every finished trial is kept in bench/results/estimators_trials.jsonl, and a second run goes on where the first stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from elrond_core.gradients import Gradients
+from elrond_core.lid import estimate_lid
+from elrond_core.moments import Moments
+from elrond_core.provenance import Provenance
+from elrond_core.sae import train_sae
+
+RESULTS = Path(__file__).parent / "results" / "estimators.json"
+TRIALS = RESULTS.with_name("estimators_trials.jsonl")
+HERE = Provenance(family="synthetic")
+
+ATOMS, WIDTH, ACTIVE, SAMPLES, NOISE = 256, 128, 5, 20_000, 0.02
+LATENTS, STEPS, BATCH, RATE = 512, 3000, 512, 1e-3
+
+SIZES, COUNTS, RANKS = (64, 768, 2048), (250, 1000, 4000, 30_000), (4, 16, 64)
+NOISES = ("isotropic", "anisotropic")
+# The weakest signal's variance as a multiple of the least that so many gradients can show.
+MARGINS = (0.5, 1.5, 2.0, 3.0)
+
+
+def load() -> dict[str, Any]:
+    """Trials that were finished, by name."""
+    lines = TRIALS.read_text().splitlines() if TRIALS.is_file() else []
+    return dict(json.loads(line) for line in lines)
+
+
+def keep(key: str, value: object) -> None:
+    """Add a finished trial."""
+    TRIALS.parent.mkdir(exist_ok=True)
+    with TRIALS.open("a") as file:
+        file.write(json.dumps([key, value]) + "\n")
+
+
+def as_gradients(vectors: torch.Tensor) -> Gradients:
+    """Vectors (N, d) as gradients of one row."""
+    places = torch.zeros(len(vectors), dtype=torch.int64)
+    return Gradients(
+        vectors[:, None].float(), torch.ones(len(vectors)), places, places, HERE, torch.empty(0, 1, vectors.shape[1])
+    )
+
+
+def sparse_data(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A dictionary of unit atoms (256, 128) and samples (20,000, 128) of five atoms each, with 2 % noise."""
+    g = torch.Generator().manual_seed(seed)
+    dictionary = torch.nn.functional.normalize(torch.randn(ATOMS, WIDTH, generator=g), dim=1)
+    places = torch.rand(SAMPLES, ATOMS, generator=g).topk(ACTIVE, dim=1).indices
+    values = torch.zeros(SAMPLES, ATOMS).scatter(1, places, 0.5 + torch.rand(SAMPLES, ACTIVE, generator=g))
+    clean = values @ dictionary
+    noise = torch.randn(SAMPLES, WIDTH, generator=g) * clean.norm(dim=1).mean() / math.sqrt(WIDTH)
+    return dictionary, clean + NOISE * noise
+
+
+def recovered(dictionary: torch.Tensor, found: torch.Tensor) -> float:
+    """Share of atoms to which some found unit vector has a cosine of at least 0.95."""
+    return float(((dictionary @ found.T).amax(1) >= 0.95).float().mean())
+
+
+def ours(samples: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Our atoms and FVU."""
+    epochs = round(STEPS / math.ceil(SAMPLES / BATCH))
+    directions, report = train_sae(
+        as_gradients(samples), latents=LATENTS, k=ACTIVE, epochs=epochs, learning_rate=RATE, batch_size=BATCH
+    )
+    return directions.vectors[:, 0], report.fvu
+
+
+def overcomplete(samples: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The TopK autoencoder of PyPI's `overcomplete`, trained as its documentation shows, on the same budget."""
+    sae = importlib.import_module("overcomplete.sae")
+    torch.manual_seed(0)
+    model = sae.TopKSAE(WIDTH, nb_concepts=LATENTS, top_k=ACTIVE, device="cpu")
+    adam = torch.optim.Adam(model.parameters(), lr=RATE)
+    schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, STEPS)
+    for batch in _batches(samples):
+        adam.zero_grad()
+        _, _, reconstruction = model(batch)
+        torch.nn.functional.mse_loss(reconstruction, batch).backward()
+        adam.step()
+        schedule.step()
+    with torch.no_grad():
+        rest = (samples - model.eval()(samples)[2]).square().sum()
+        return model.get_dictionary().detach(), float(rest / (samples - samples.mean(0)).square().sum())
+
+
+def dictionary_learning(samples: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The TopK autoencoder and trainer (with AuxK) of PyPI's `dictionary-learning`, on the same budget."""
+    top_k = importlib.import_module("dictionary_learning.trainers.top_k")
+    trainer = top_k.TopKTrainer(
+        steps=STEPS,
+        activation_dim=WIDTH,
+        dict_size=LATENTS,
+        k=ACTIVE,
+        layer=0,
+        lm_name="",
+        lr=RATE,
+        warmup_steps=0,
+        decay_start=0,
+        seed=0,
+        device="cpu",
+    )
+    for step, batch in enumerate(_batches(samples)):
+        trainer.update(step, batch)
+    with torch.no_grad():
+        rest = (samples - trainer.ae(samples)).square().sum()
+        atoms = torch.nn.functional.normalize(trainer.ae.decoder.weight.T, dim=1)
+        return atoms, float(rest / (samples - samples.mean(0)).square().sum())
+
+
+def _batches(samples: torch.Tensor) -> Iterator[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    for step in range(STEPS):
+        place = step * BATCH % SAMPLES
+        if place < BATCH:
+            order = torch.randperm(SAMPLES, generator=g)
+        yield samples[order[place : place + BATCH]]
+
+
+PEERS: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, float]]] = {
+    "overcomplete": overcomplete,
+    "dictionary_learning": dictionary_learning,
+}
+
+
+def run_sae(peers: bool) -> None:
+    """Train every implementation once and keep atoms recovered, FVU and seconds of each."""
+    dictionary, samples = sparse_data()
+    for name, train in {"ours": ours, **(PEERS if peers else {})}.items():
+        start = time.process_time()
+        found, fvu = train(samples)
+        result = {"recovered": recovered(dictionary, found), "fvu": fvu, "seconds": time.process_time() - start}
+        print(name, result, flush=True)
+        keep(f"sae/{name}", result)
+
+
+def noise_variances(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Variances of the noise, of mean 1: all equal, or uniform between 0.7 and 1.3."""
+    variances = np.ones(size) if kind == "isotropic" else rng.uniform(0.7, 1.3, size)
+    return variances / variances.mean()
+
+
+def least_visible(variances: np.ndarray, samples: int) -> float:
+    """The variance, noise included, from which on a direction stands out of the noise (Baik, Ben Arous, Péché)."""
+    low, high = variances.max(), variances.max() * (2 + math.sqrt(len(variances) / samples)) + 1
+    for _ in range(80):
+        middle = (low + high) / 2
+        below = ((variances / (middle - variances)) ** 2).sum() > samples
+        low, high = (middle, high) if below else (low, middle)
+    return high
+
+
+def known_rank(size: int, count: int, rank: int, noise: str, margin: float, seed: int) -> Gradients | Moments:
+    """Gradients of known rank with power-law variances of the signal; as moments where there are more than values.
+
+    Eigenvalues do not depend on the basis, so signal and noise lie along the axes. A scatter of many Gaussian
+    gradients is drawn by its own law (Bartlett's decomposition).
+    """
+    rng = np.random.default_rng([size, count, rank, NOISES.index(noise), seed])
+    variances = noise_variances(noise, size, rng)
+    least = least_visible(variances, count - 1)
+    variances[:rank] = 1 + margin * (least - 1) * rank / np.arange(1, rank + 1)
+    scale = np.sqrt(variances)
+    if count <= size:
+        return as_gradients(torch.from_numpy(rng.standard_normal((count, size)) * scale))
+    factor = np.tril(rng.standard_normal((size, size)), -1)
+    factor[np.diag_indices(size)] = np.sqrt(rng.chisquare(count - 1 - np.arange(size)))
+    root = torch.from_numpy(scale[:, None] * factor)
+    zero = torch.zeros(size, dtype=torch.float64)
+    return Moments(1, size, HERE.with_(count=count), count, zero, root @ root.T)
+
+
+def run_lid(sizes: list[int], trials: int) -> None:
+    """Every cell of the grid, `trials` times; a rank of half the width and more leaves no noise to measure."""
+    done = load()
+    cells = [
+        (size, count, rank, noise, margin, seed)
+        for size in sizes
+        for seed in range(trials)
+        for count in COUNTS
+        for rank in RANKS
+        for noise in NOISES
+        for margin in MARGINS
+        if rank < size / 2 and rank < count / 2
+    ]
+    for number, cell in enumerate(cells):
+        key = "lid/" + "/".join(str(part) for part in cell)
+        if key in done:
+            continue
+        report = estimate_lid(known_rank(*cell))
+        published = [report.ratio, report.gap, report.variance95]
+        result = [report.estimate, *report.interval, report.detectable, *published]
+        print(f"{number + 1}/{len(cells)} {key} {result}", flush=True)
+        keep(key, result)
+
+
+def summarise() -> dict[str, Any]:
+    """The figures that the results so far come to."""
+    results = load()
+    figures: dict[str, Any] = {}
+    if "sae/ours" in results:
+        mine = results["sae/ours"]
+        figures["sae_atoms_recovered"] = mine["recovered"]
+        peers = [results[f"sae/{name}"] for name in PEERS if f"sae/{name}" in results]
+        if peers:
+            best = min(peers, key=lambda peer: peer["fvu"])
+            figures["sae_fvu_vs_best_peer"] = mine["fvu"] / best["fvu"]
+            figures["sae_time_vs_best_peer"] = mine["seconds"] / best["seconds"]
+    trials = [
+        (int(parts[1]), int(parts[2]), int(parts[3]), parts[4], float(parts[5]), *value)
+        for key, value in results.items()
+        if (parts := key.split("/"))[0] == "lid"
+    ]
+    above = [t for t in trials if t[4] >= 1]
+    below = [t for t in trials if t[4] < 1]
+    if above:
+        figures["lid_trials"] = len(trials)
+        figures["lid_within_10pct"] = share(above, within)
+        figures["lid_coverage"] = share(above, covered)
+        figures["lid_says_so_below"] = share(below, lambda t: not t[8])
+        for margin in MARGINS[1:]:
+            some = [t for t in above if t[4] == margin]
+            figures[f"lid_within_10pct_at_{margin:g}"] = share(some, within)
+            figures[f"lid_coverage_at_{margin:g}"] = share(some, covered)
+            figures[f"lid_detectable_at_{margin:g}"] = share(some, lambda t: t[8])
+        for name, place in (("share", 9), ("gap", 10), ("95", 11)):
+            right = [abs(t[place] - t[2]) <= 0.1 * t[2] for t in above]
+            figures[f"lid_within_10pct_published_{name}"] = sum(right) / len(right)
+    return figures
+
+
+def share(trials: list[tuple], holds: Callable[[tuple], bool]) -> float | None:
+    """Share of trials of which something holds."""
+    return sum(map(bool, map(holds, trials))) / len(trials) if trials else None
+
+
+def within(trial: tuple) -> bool:
+    """Our estimate is within 10 % of the rank."""
+    return abs(trial[5] - trial[2]) <= 0.1 * trial[2]
+
+
+def covered(trial: tuple) -> bool:
+    """Our interval holds the rank."""
+    return trial[6] <= trial[2] and (trial[7] is None or trial[2] <= trial[7])
+
+
+def main() -> None:
+    """Run a part, then print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("sae", "lid", "summary"))
+    parser.add_argument("--peers", action="store_true", help="train the public implementations as well")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="widths of the grid to run")
+    parser.add_argument("--trials", type=int, default=3, help="trials of every cell")
+    options = parser.parse_args()
+    if options.part == "sae":
+        run_sae(options.peers)
+    elif options.part == "lid":
+        run_lid(options.sizes, options.trials)
+    # Others keep figures in the same file.
+    figures = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    for name, value in summarise().items():
+        print(name, value)
+        figures[name] = value
+    RESULTS.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -45,8 +45,9 @@ class Schema:
 
 @pytest.fixture(scope="module")
 def schemas(pack: ModuleType) -> dict[str, Schema]:
-    import nodes as stock
     from comfy_extras import nodes_preview_any
+
+    import nodes as stock
 
     classes = {**stock.NODE_CLASS_MAPPINGS, **nodes_preview_any.NODE_CLASS_MAPPINGS}
     titles = {**stock.NODE_DISPLAY_NAME_MAPPINGS, **nodes_preview_any.NODE_DISPLAY_NAME_MAPPINGS}

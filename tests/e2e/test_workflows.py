@@ -100,8 +100,11 @@ def test_discover(server: Server, discovered: dict[str, Any]) -> None:
 @pytest.mark.usefixtures("discovered")
 def test_steer(server: Server) -> None:
     graph = workflow("steer")
-    (saved,) = ids(graph, "SaveImage")
-    plain, against, along, both = pictures(server, server.run(graph), saved).reshape(4, 4, 64, 64, 3)
+    outputs = server.run(graph)
+    (report,), (saved,) = ids(graph, "PreviewAny"), ids(graph, "SaveImage")
+    # What a person just saved comes before a file of that name that ships with the pack.
+    assert "from 48 gradients" in outputs[report]["text"][0]
+    plain, against, along, both = pictures(server, outputs, saved).reshape(4, 4, 64, 64, 3)
     for a, b in ((plain, against), (plain, along), (against, along), (along, both)):
         assert (a != b).any(axis=(1, 2, 3)).all()
 
@@ -376,7 +379,12 @@ def decomposed(node: Any, file: str, kind: str, **inputs: Any) -> dict[str, Any]
         ("plain", "ElrondFitResponse", {}, "without the model's response"),
         ("few", "ElrondEstimateLID", {}, "at least 20 gradients"),
         ("plain", "ElrondTrainSAE", {"latents": 8, "k": 9}, "k|active"),
-        ("plain", "ElrondTrainSAE", {"lowest_density": -0.5, "highest_density": -1.0}, "densities must go from low to high"),
+        (
+            "plain",
+            "ElrondTrainSAE",
+            {"lowest_density": -0.5, "highest_density": -1.0},
+            "densities must go from low to high",
+        ),
     ],
 )
 def test_gradients_that_cannot_be_decomposed(

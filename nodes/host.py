@@ -240,7 +240,8 @@ def _per_sample_noise(
     def draw(sigma: Any, sigma_next: Any) -> torch.Tensor:
         return torch.stack([torch.randn(noise.shape[1:], generator=g) for g in streams]).to(device)
 
-    how.extra_options["noise_sampler"] = draw
+    # Not updated in place: the host shares one default dictionary among all its samplers.
+    how.extra_options = {**how.extra_options, "noise_sampler": draw}
 
 
 class HostDenoiser:
@@ -404,8 +405,9 @@ def output_folder() -> Path:
 
 
 def file_folders() -> list[Path]:
-    """Where the pack looks for its files: `models/elrond`, and what was saved."""
+    """Where the pack looks for its files: `models/elrond`, what was saved, what ships with the demo model."""
     models = Path(folder_paths.models_dir) / "elrond"
     if "elrond" not in folder_paths.folder_names_and_paths:
         folder_paths.add_model_folder_path("elrond", str(models))
-    return [*(Path(p) for p in folder_paths.get_folder_paths("elrond")), output_folder()]
+    shipped = Path(__file__).parents[1] / "demo"
+    return [*(Path(p) for p in folder_paths.get_folder_paths("elrond")), output_folder(), shipped]

@@ -40,6 +40,8 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 @pytest.fixture(scope="session")
 def pack(host: ModuleType) -> ModuleType:
     """The repository imported as the host imports it, as a package: its parts are `comfyui_elrond.nodes` and so on."""
+    if "comfyui_elrond" in sys.modules:
+        return sys.modules["comfyui_elrond"]
     spec = importlib.util.spec_from_file_location(
         "comfyui_elrond", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
     )

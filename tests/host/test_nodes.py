@@ -66,7 +66,7 @@ def test_encode_concept_is_the_stock_conditioning(nodes: dict[str, Any], teacher
 @pytest.mark.parametrize(
     ("prompt", "concept", "which", "rows"),
     [
-        ("a chiaroscuro [ball]", "", 1, [5]),
+        ("a chiaroscuro [ball]", "", 1, [6]),
         ("a ball and a ball", "ball", 2, [5]),
         ("a Ball, on a box.", "ball", 1, [2]),
         ("a red ball", "red ball", 1, [2, 3]),

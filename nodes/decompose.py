@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from comfy_api.latest import io
 
 from ..elrond_core import plots
@@ -181,16 +183,18 @@ class TrainSAE(io.ComfyNode):
             update = update or host.progress(steps)
             update(step)
 
-        directions, report = train_sae(
-            gradients,
-            latents=latents or None,
-            k=k or None,
-            epochs=epochs,
-            learning_rate=learning_rate,
-            density_range=(lowest_density, highest_density),
-            seed=seed,
-            on_step=on_step,
-        )
+        # The executor's inference mode forbids training, and what was made in it cannot be trained on.
+        with torch.inference_mode(False), torch.enable_grad():
+            directions, report = train_sae(
+                replace(gradients, vectors=gradients.vectors.clone(), response=gradients.response.clone()),
+                latents=latents or None,
+                k=k or None,
+                epochs=epochs,
+                learning_rate=learning_rate,
+                density_range=(lowest_density, highest_density),
+                seed=seed,
+                on_step=on_step,
+            )
         return io.NodeOutput(directions, image(plots.sae_report(report)), "\n".join(report.lines()))
 
 

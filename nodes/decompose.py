@@ -128,7 +128,9 @@ class TrainSAE(io.ComfyNode):
                     max=1024,
                     tooltip="Dictionary entries that explain one gradient; 0 takes 32, or less for a small dictionary.",
                 ),
-                io.Int.Input("epochs", default=20, min=1, max=10000, tooltip="Most passes over the gradients."),
+                io.Int.Input(
+                    "epochs", default=0, min=0, max=10000, tooltip="Passes over the gradients; 0: as many as it needs."
+                ),
                 io.Float.Input(
                     "learning_rate",
                     default=1e-3,
@@ -189,7 +191,7 @@ class TrainSAE(io.ComfyNode):
                 replace(gradients, vectors=gradients.vectors.clone(), response=gradients.response.clone()),
                 latents=latents or None,
                 k=k or None,
-                epochs=epochs,
+                epochs=epochs or None,
                 learning_rate=learning_rate,
                 density_range=(lowest_density, highest_density),
                 seed=seed,

@@ -116,8 +116,8 @@ def dictionary_learning(samples: torch.Tensor) -> tuple[torch.Tensor, float]:
         layer=0,
         lm_name="",
         lr=RATE,
-        warmup_steps=0,
-        decay_start=0,
+        warmup_steps=round(0.03 * STEPS),
+        decay_start=round(0.6 * STEPS),
         seed=0,
         device="cpu",
     )
@@ -238,6 +238,10 @@ def summarise() -> dict[str, Any]:
         figures["lid_trials"] = len(trials)
         figures["lid_within_10pct"] = share(above, within)
         figures["lid_coverage"] = share(above, covered)
+        # An interval that is open above holds any larger rank: coverage means something for the closed ones only.
+        closed = [t for t in above if t[7] is not None]
+        figures["lid_closed_intervals"] = len(closed) / len(above)
+        figures["lid_coverage_closed"] = share(closed, covered)
         figures["lid_says_so_below"] = share(below, lambda t: not t[8])
         for margin in MARGINS[1:]:
             some = [t for t in above if t[4] == margin]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -205,9 +206,13 @@ def sample(
     cfg: float,
     sampler: str,
     scheduler: str,
+    alike: bool = False,
 ) -> torch.Tensor:
-    """Sample a batch of realizations from pure noise; realization `first + i` depends on (seed, first + i) only."""
-    indices = list(range(first, first + len(latents)))
+    """Sample a batch of realizations from pure noise; realization `first + i` depends on (seed, first + i) only.
+
+    With `alike`, every image of the batch starts from the noise of realization `first`.
+    """
+    indices = [first] * len(latents) if alike else list(range(first, first + len(latents)))
     noise = normal(tuple(latents.shape[1:]), seed, "realization", indices)
     settings = comfy.samplers.KSampler(model, steps, model.load_device, sampler, scheduler, 1.0)
     sigmas = settings.sigmas
@@ -411,3 +416,26 @@ def file_folders() -> list[Path]:
         folder_paths.add_model_folder_path("elrond", str(models))
     shipped = Path(__file__).parents[1] / "demo"
     return [*(Path(p) for p in folder_paths.get_folder_paths("elrond")), output_folder(), shipped]
+
+
+def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Images (N, H, W, 3) in [0, 1] of latents, as the stock VAEDecode node makes them."""
+    images = vae.decode(latents)
+    # Video models give (N, frames, H, W, 3).
+    return images.flatten(0, 1) if images.ndim == 5 else images
+
+
+def image_features(encoder: Any, images: torch.Tensor, batch_size: int = 32) -> torch.Tensor:
+    """Float32 (N, F) features of images (N, H, W, 3) by a CLIP_VISION: CLIP, SigLIP or DINOv2."""
+    update = progress(len(images))
+    found = []
+    for first in range(0, len(images), batch_size):
+        found.append(encoder.encode_image(images[first : first + batch_size])["image_embeds"].float().cpu())
+        update(min(first + batch_size, len(images)))
+    return torch.cat(found)
+
+
+def routes() -> Any:
+    """The running server's route table, or None where nodes are used without a server."""
+    instance = getattr(sys.modules.get("server"), "PromptServer", None)
+    return getattr(getattr(instance, "instance", None), "routes", None)

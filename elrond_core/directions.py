@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 
 import torch
@@ -60,6 +61,17 @@ class Directions:
         if not 0 <= index < len(self):
             raise ElrondError(f"There is no direction {index}: this set holds 0 to {len(self) - 1}.")
         return self.vectors[index]
+
+    def digest(self, index: int) -> str:
+        """A name for one direction that depends on its numbers only, whatever set it is in and however it is called."""
+        return hashlib.blake2b(self.pick(index).float().contiguous().numpy().tobytes(), digest_size=12).hexdigest()
+
+    def lines(self) -> list[str]:
+        """A line a direction: its name and score."""
+        return [
+            f"{i}: {name or '(no name)'}  {self.score_name} {score:.4g}"
+            for i, (name, score) in enumerate(zip(self.names, self.scores.tolist(), strict=True))
+        ]
 
 
 def fix_signs(vectors: torch.Tensor) -> torch.Tensor:

@@ -74,8 +74,10 @@ def draw_steps(
     mix: int = 1,
     leading: int = 0,
     both_signs: bool = True,
+    spread: bool = False,
+    by_score: bool = False,
 ) -> list[Draw]:
-    """Draw a steering step an image, as the paper's diversity sampling does.
+    """Draw a steering step an image: at random as the paper's diversity sampling does, or evenly spread.
 
     Args:
         directions: what to draw from.
@@ -83,29 +85,76 @@ def draw_steps(
         seed: draw i depends on (seed, i) only.
         lowest: strengths are uniform from here …
         highest: … to here.
-        mix: directions per image; more than one gives the normalised sum of random ones.
+        mix: directions per image; more than one gives the normalised sum of random ones. A spread mixes all.
         leading: draw from so many leading directions only; 0 means all.
         both_signs: flip the sign of each draw with probability one half.
+        spread: take the steps from a scrambled Sobol sequence over the sphere of mixes and the range of strengths,
+            which leaves fewer holes and clusters than independent draws.
+        by_score: pick directions in proportion to their scores, and scale their parts in a mix by the scores' roots
+            (for explained variances: by how far the model itself varies them).
 
     Raises:
-        ElrondError: if a number is out of range.
+        ElrondError: if a number is out of range, or no score is positive.
     """
     pool = min(leading, len(directions)) if leading else len(directions)
     if count < 1:
         raise ElrondError(f"The number of images must be at least 1, got {count}.")
-    if lowest > highest:
-        raise ElrondError(f"The lowest strength {lowest} is above the highest {highest}.")
-    if not 1 <= mix <= pool:
-        raise ElrondError(f"Each image can mix 1 to {pool} of these directions, not {mix}.")
+    check_strengths(lowest, highest)
+    scores = directions.scores[:pool].double().clamp_min(0) if by_score else torch.ones(pool, dtype=torch.float64)
+    usable = int((scores > 0).sum())
+    if not usable:
+        raise ElrondError("No direction of this set has a positive score to weigh it by; weigh them equally.")
+    if spread:
+        return _spread(scores.sqrt(), count, seed, lowest, highest, both_signs)
+    if not 1 <= mix <= usable:
+        raise ElrondError(f"Each image can mix 1 to {usable} of these directions, not {mix}.")
     draws = []
     for i in range(count):
         g = generator(seed, "diversify", i)
-        chosen = torch.randperm(pool, generator=g)[:mix].tolist()
-        weights = torch.ones(mix) if mix == 1 else torch.randn(mix, generator=g)
+        if by_score:
+            chosen = torch.multinomial(scores, mix, generator=g).tolist()
+        else:
+            chosen = torch.randperm(pool, generator=g)[:mix].tolist()
+        weights = torch.ones(mix) if mix == 1 else torch.randn(mix, generator=g) * scores[chosen].sqrt().float()
         strength = lowest + (highest - lowest) * float(torch.rand(1, generator=g))
         flip = both_signs and bool(torch.rand(1, generator=g) < 0.5)
         draws.append(Draw(tuple(chosen), tuple(weights.tolist()), -strength if flip else strength))
     return draws
+
+
+def check_strengths(lowest: float, highest: float) -> None:
+    """Refuse a range of strengths that holds none.
+
+    Raises:
+        ElrondError: if it is not finite, negative or upside down.
+    """
+    if not (math.isfinite(lowest) and math.isfinite(highest) and lowest >= 0):
+        raise ElrondError(f"Strengths must be finite and at least 0, not from {lowest} to {highest}.")
+    if lowest > highest:
+        raise ElrondError(f"The lowest strength {lowest} is above the highest {highest}.")
+
+
+def check_share(start: float, end: float) -> None:
+    """Refuse a part of the sampling that holds no step.
+
+    Raises:
+        ElrondError: if it does not start before it ends, or leaves [0, 1].
+    """
+    if not 0 <= start < end <= 1:
+        raise ElrondError(f"Steering must start before it ends, between 0 and 1, not from {start} to {end}.")
+
+
+def _spread(scales: torch.Tensor, count: int, seed: int, lowest: float, highest: float, both_signs: bool) -> list[Draw]:
+    """Sobol points, of which one dimension is the strength and the others, as normal quantiles, make a mix."""
+    scramble = int(torch.randint(2**31, (1,), generator=generator(seed, "spread")))
+    engine = torch.quasirandom.SobolEngine(len(scales) + 1, scramble=True, seed=scramble)
+    points = engine.draw(count, dtype=torch.float64)
+    weights = torch.special.ndtri(points[:, 1:].clamp(1e-9, 1 - 1e-9)) * scales
+    weights = weights if both_signs else weights.abs()
+    weights = weights / weights.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    strengths = lowest + (highest - lowest) * points[:, 0]
+    indices = tuple(range(len(scales)))
+    return [Draw(indices, tuple(w), s) for w, s in zip(weights.tolist(), strengths.tolist(), strict=True)]
 
 
 def change_of(directions: Directions, draw: Draw) -> torch.Tensor:

@@ -1,0 +1,111 @@
+"""How different the images of a batch are: mean pairwise distance, Vendi score, the nearest pair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .errors import ElrondError
+
+_GRID = 32
+# Pictures whose pixels differ by this much (root mean square, of a range of 1) count as about half alike.
+_PIXEL_SCALE = 0.15
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """What a batch of images measures.
+
+    Attributes:
+        count: number of images N.
+        distance: mean distance over all pairs.
+        vendi: Vendi score, 1 (all alike) to N (none like another): how many different images there seem to be.
+        nearest: indices of the two images that are most alike.
+        nearest_distance: their distance.
+        measure: what a distance is, in words.
+    """
+
+    count: int
+    distance: float
+    vendi: float
+    nearest: tuple[int, int]
+    nearest_distance: float
+    measure: str
+
+    def lines(self) -> list[str]:
+        """A report."""
+        first, second = self.nearest
+        return [
+            f"{self.count} images, compared by {self.measure}",
+            f"mean pairwise distance {self.distance:.4f}",
+            f"Vendi score {self.vendi:.2f} of {self.count}",
+            f"most alike: images {first} and {second}, distance {self.nearest_distance:.4f}",
+        ]
+
+
+def of_features(features: torch.Tensor) -> Diversity:
+    """Diversity by the features of an image encoder, compared by their cosine.
+
+    Args:
+        features: (N, F), any float dtype.
+
+    Raises:
+        ElrondError: if there are fewer than two, or one is zero or not finite.
+    """
+    _check(features)
+    norms = features.double().norm(dim=1, keepdim=True)
+    if not (norms > 0).all():
+        raise ElrondError(f"Image {int((norms[:, 0] == 0).long().argmax())} has no features to compare.")
+    unit = features.double() / norms
+    similarity = unit @ unit.T
+    return _measure(1 - similarity, similarity, "the cosine of an image encoder's features")
+
+
+def of_pixels(images: torch.Tensor) -> Diversity:
+    """Diversity without a model: pixels of the images made small, with a Gaussian similarity.
+
+    Args:
+        images: float RGB (N, H, W, 3) in [0, 1].
+
+    Raises:
+        ElrondError: if there are fewer than two images, or one is not finite.
+    """
+    _check(images)
+    small = torch.nn.functional.adaptive_avg_pool2d(images[..., :3].movedim(-1, 1).double(), _GRID).flatten(1)
+    distances = torch.cdist(small, small, compute_mode="donot_use_mm_for_euclid_dist") / small.shape[1] ** 0.5
+    similarity = torch.exp(-0.5 * (distances / _PIXEL_SCALE) ** 2)
+    return _measure(distances, similarity, f"their pixels at {_GRID} x {_GRID}")
+
+
+def vendi_score(similarity: torch.Tensor) -> float:
+    """Exponential of the entropy of the eigenvalues of a similarity matrix over N (Friedman and Dieng, 2210.02410).
+
+    Args:
+        similarity: (N, N), symmetric, positive semidefinite, with ones on its diagonal.
+    """
+    values = torch.linalg.eigvalsh(similarity.double() / len(similarity)).clamp_min(0)
+    return float(torch.exp(torch.special.entr(values / values.sum()).sum()))
+
+
+def _check(items: torch.Tensor) -> None:
+    if len(items) < 2:
+        raise ElrondError(f"Diversity needs at least two images, got {len(items)}.")
+    finite = torch.isfinite(items.flatten(1)).all(1)
+    if not finite.all():
+        raise ElrondError(f"Image {int(finite.long().argmin())} holds numbers that are not finite.")
+
+
+def _measure(distances: torch.Tensor, similarity: torch.Tensor, measure: str) -> Diversity:
+    count = len(distances)
+    first, second = torch.triu_indices(count, count, 1)
+    pairs = distances[first, second].clamp_min(0)
+    nearest = int(pairs.argmin())
+    return Diversity(
+        count=count,
+        distance=float(pairs.mean()),
+        vendi=vendi_score(similarity),
+        nearest=(int(first[nearest]), int(second[nearest])),
+        nearest_distance=float(pairs[nearest]),
+        measure=measure,
+    )

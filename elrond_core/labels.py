@@ -1,0 +1,139 @@
+"""Names for directions, from the text encoder alone: which adjective moves the concept's rows the same way?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .directions import Directions
+from .errors import ElrondError
+from .tokens import occurrences
+
+WORDS = (
+    "red, orange, yellow, green, blue, purple, pink, brown, black, white, gray, colorful, dark, bright, large, small, "
+    "tall, short, long, round, square, pointed, flat, wide, narrow, thin, fat, left, right, central, top, middle, "
+    "bottom, old, young, new, ancient, modern, male, female, happy, sad, angry, calm, beautiful, ugly, clean, dirty, "
+    "smooth, rough, furry, shiny, metallic, wooden, stone, glass, soft, hard, wet, dry, hot, cold, sunny, rainy, "
+    "snowy, foggy, empty, crowded, simple, complex, realistic, cartoon, painted, photographed, scary, cute, strong, "
+    "weak, rich, poor, fast, slow, near, distant"
+)
+
+
+@dataclass(frozen=True)
+class Label:
+    """What words say about one direction.
+
+    Attributes:
+        along: (word, score) of the words closest to the direction, best first; scores are cosines, all positive.
+        against: the same of the words closest to its opposite, with positive scores too.
+    """
+
+    along: tuple[tuple[str, float], ...]
+    against: tuple[tuple[str, float], ...]
+
+    @property
+    def best(self) -> tuple[str, float]:
+        """The closest word at either end and its signed score; ("", 0) if no word is closer than none."""
+        ends = [(word, sign * score) for sign, side in ((1, self.along), (-1, self.against)) for word, score in side]
+        return max(ends, key=lambda end: abs(end[1]), default=("", 0.0))
+
+    @property
+    def name(self) -> str:
+        """A name: the word at the end that the negative strengths reach, an arrow, and the one at the other end."""
+        ends = [side[0][0] for side in (self.against, self.along) if side]
+        if len(ends) == 2:
+            return f"{ends[0]} → {ends[1]}"
+        return ("→ " if self.along else "← ") + ends[0] if ends else ""
+
+    def line(self) -> str:
+        """The words with their scores."""
+        sides = [", ".join(f"{word} {score:.2f}" for word, score in side) or "-" for side in (self.along, self.against)]
+        return f"+ {sides[0]}   − {sides[1]}"
+
+
+def words_of(text: str) -> list[str]:
+    """Words or phrases between commas or line ends, without repetitions.
+
+    Raises:
+        ElrondError: if there are fewer than two.
+    """
+    words = list(dict.fromkeys(" ".join(part.split()) for part in text.replace("\n", ",").split(",") if part.strip()))
+    if len(words) < 2:
+        raise ElrondError("Give at least two words, separated by commas: what they have in common is left out.")
+    return words
+
+
+def put_before(prompt: str, concept: str, occurrence: int, word: str) -> str:
+    """The prompt with a word put before one occurrence (0 is the first) of the concept's words.
+
+    Raises:
+        ElrondError: if the prompt has no such occurrence.
+    """
+    found = occurrences(prompt, concept)
+    if not 0 <= occurrence < len(found):
+        raise ElrondError(f"The prompt {prompt!r} has no occurrence {occurrence + 1} of {concept!r}.")
+    start = found[occurrence][0]
+    return f"{prompt[:start]}{word} {prompt[start:]}"
+
+
+def label(
+    directions: Directions, words: Sequence[str], bare: torch.Tensor, moved: torch.Tensor, top: int = 3
+) -> list[Label]:
+    """Compare directions with what words do to the concept.
+
+    What all words have in common (that there is one more word, and where) is subtracted, so a word's move is what it
+    does unlike the others.
+
+    Args:
+        directions: K directions over (R, d).
+        words: W words.
+        bare: (R, d) the concept's rows without any of them.
+        moved: (W, R, d) the concept's rows with each put before it.
+        top: how many words to give an end at most.
+
+    Returns:
+        one label a direction.
+
+    Raises:
+        ElrondError: if the shapes do not fit, or no word changes the rows.
+    """
+    rows = directions.vectors.shape[1]
+    if moved.shape[2] != directions.width or bare.shape != moved.shape[1:] or rows not in (1, moved.shape[1]):
+        raise ElrondError(
+            f"The directions are {rows} rows of {directions.width}, and this text encoder gives the concept "
+            f"{moved.shape[1]} of {moved.shape[2]}: use the text encoder they were made with."
+        )
+    moves = moved.double() - bare.double()
+    if rows == 1:
+        moves = moves.mean(1, keepdim=True)
+    moves = (moves - moves.mean(0)).flatten(1)
+    norms = moves.norm(dim=1, keepdim=True)
+    if not (norms > 1e-9).any():
+        raise ElrondError("No word put before the concept changes its rows: this text encoder cannot name directions.")
+    cosines = directions.vectors.double().flatten(1) @ (moves / norms.clamp_min(1e-9)).T
+    labels = []
+    for row in cosines:
+        sides = []
+        for signed in (row, -row):
+            best = signed.argsort(descending=True)[:top].tolist()
+            sides.append(tuple((words[i], float(signed[i])) for i in best if signed[i] > 0))
+        labels.append(Label(*sides))
+    return labels
+
+
+def labelled(directions: Directions, labels: Sequence[Label], least: float, replace_old: bool) -> Directions:
+    """Directions named by their labels.
+
+    Args:
+        directions: K directions.
+        labels: one each.
+        least: a direction whose best score is lower gets no name, and neither does an end of one.
+        replace_old: also rename directions that have a name.
+    """
+    names = []
+    for old, found in zip(directions.names, labels, strict=True):
+        clear = Label(*(tuple(end for end in side if end[1] >= least) for side in (found.along, found.against)))
+        names.append(old if old and not replace_old else clear.name or old)
+    return replace(directions, names=tuple(names))

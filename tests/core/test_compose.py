@@ -1,0 +1,119 @@
+"""Sets of directions made out of others, and lists that people type."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from elrond_core.compose import (
+    indices_of,
+    merge,
+    numbers_of,
+    orthogonalised,
+    renamed,
+    strengths_of,
+    subset,
+    weighted_sum,
+)
+from elrond_core.directions import Directions
+from elrond_core.errors import ElrondError
+from elrond_core.files import load_directions, save_directions
+from elrond_core.provenance import Provenance
+
+
+def directions(count: int = 4, rows: int = 2, width: int = 8, family: str = "Demo") -> Directions:
+    flat = torch.randn(count, rows * width, generator=torch.Generator().manual_seed(0))
+    vectors = torch.nn.functional.normalize(flat, dim=1).reshape(count, rows, width)
+    names = ("colour", *[""] * (count - 1))
+    return Directions(vectors, torch.arange(count, 0, -1).float(), {"name": "pca"}, Provenance(family), names)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("", [0, 1, 2, 3]), ("2", [2]), (" 3, 0 - 1 ", [3, 0, 1]), ("1;2\n0", [1, 2, 0])]
+)
+def test_indices(text: str, found: list[int]) -> None:
+    assert indices_of(text, 4) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a", "'a' is not a direction"),
+        ("-1", "'-1' is not a direction"),
+        ("4", "no directions 4: this set holds 0 to 3"),
+        ("2-1", "no directions 2-1"),
+        ("0-9999999", "is not a direction"),
+        ("1, 0-2", "Direction 1 is listed twice"),
+    ],
+)
+def test_indices_that_cannot_be(text: str, sentence: str) -> None:
+    with pytest.raises(ElrondError, match=sentence):
+        indices_of(text, 4)
+
+
+def test_numbers_and_strengths() -> None:
+    assert numbers_of("1, -0.5\n2e-1") == [1.0, -0.5, 0.2]
+    assert strengths_of(" 0: 0.5, 3=-.25;\n7: +1 ") == {0: 0.5, 3: -0.25, 7: 1.0}
+    assert strengths_of("") == {}
+    with pytest.raises(ElrondError, match="'x' is not a number"):
+        numbers_of("1, x")
+    for text, sentence in (("0.5", "is not a direction and its strength"), ("1: 2, 1: 3", "listed twice")):
+        with pytest.raises(ElrondError, match=sentence):
+            strengths_of(text)
+
+
+def test_a_subset_keeps_what_belongs_together() -> None:
+    whole = directions()
+    some = subset(whole, [2, 0])
+    assert torch.equal(some.vectors, whole.vectors[[2, 0]])
+    assert (some.scores.tolist(), some.names) == ([2.0, 4.0], ("", "colour"))
+    assert some.digest(1) == whole.digest(0)
+
+
+def test_a_weighted_sum_is_a_unit_mix(tmp_path) -> None:
+    whole = directions(2)
+    mixed = weighted_sum(whole, [3.0, -1.0])
+    expected = 3 * whole.vectors[0] - whole.vectors[1]
+    torch.testing.assert_close(mixed.vectors[0], expected / expected.norm())
+    # Mean of the scores 2 and 1, weighted by 9 and 1.
+    assert mixed.scores.tolist() == pytest.approx([1.9])
+    assert mixed.names == ("+3 colour -1 1",)
+    save_directions(mixed, tmp_path / "mixed.safetensors")
+    assert load_directions(tmp_path / "mixed.safetensors").names == mixed.names
+
+
+def test_sums_that_cannot_be() -> None:
+    whole = directions(2)
+    twice = merge(whole, whole)
+    for set_, weights, sentence in (
+        (whole, [1.0], "as many weights, not 1"),
+        (whole, [0.0, 0.0], "cancel"),
+        (twice, [1.0, 0.0, -1.0, 0.0], "cancel"),
+        (whole, [float("inf"), 1.0], "not finite"),
+    ):
+        with pytest.raises(ElrondError, match=sentence):
+            weighted_sum(set_, weights)
+
+
+def test_orthogonalised_directions_span_the_same() -> None:
+    whole = directions()
+    straight = orthogonalised(whole)
+    flat = straight.vectors.flatten(1)
+    torch.testing.assert_close(flat @ flat.T, torch.eye(4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(straight.vectors[0], whole.vectors[0])
+    # Each old direction lies in the span of the new ones up to its own place.
+    upper = whole.vectors.flatten(1) @ flat.T
+    torch.testing.assert_close(upper, upper.tril(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(upper.norm(dim=1), torch.ones(4))
+    with pytest.raises(ElrondError, match="Direction 5 is a mix of those before it"):
+        orthogonalised(merge(whole, subset(orthogonalised(directions(6)), [5, 1])))
+
+
+def test_names_and_merging() -> None:
+    whole = merge(directions(2), directions(1))
+    assert renamed(whole, ["", " round "]).names == ("colour", "round", "colour")
+    with pytest.raises(ElrondError, match="4 names for 3"):
+        renamed(whole, ["a", "b", "c", "d"])
+    for other in (directions(family="SDXL"), directions(rows=1), directions(width=4)):
+        with pytest.raises(ElrondError, match="do not fit together"):
+            merge(whole, other)

@@ -1,0 +1,85 @@
+"""Drawing steps for diversity."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from elrond_core.directions import Directions
+from elrond_core.errors import ElrondError
+from elrond_core.provenance import Provenance
+from elrond_core.steering import change_of, check_share, draw_steps
+
+
+def directions(scores: list[float]) -> Directions:
+    vectors = torch.eye(len(scores))[:, None]
+    return Directions(vectors, torch.tensor(scores), {"name": "test"}, Provenance("Demo"))
+
+
+def drawn(set_: Directions, count: int, seed: int = 1, **settings) -> torch.Tensor:
+    draws = draw_steps(set_, count, seed, settings.pop("lowest", 1.0), settings.pop("highest", 1.0), **settings)
+    return torch.stack([change_of(set_, draw)[0] for draw in draws])
+
+
+@pytest.mark.parametrize("settings", [{}, {"mix": 3}, {"spread": True}, {"by_score": True, "mix": 2}])
+def test_a_step_depends_on_seed_and_index_only(settings: dict) -> None:
+    set_ = directions([4.0, 3.0, 2.0, 1.0])
+    many, few = drawn(set_, 20, **settings), drawn(set_, 7, **settings)
+    assert torch.equal(many[:7], few)
+    assert not torch.equal(drawn(set_, 7, seed=2, **settings), few)
+    torch.testing.assert_close(many.norm(dim=1), torch.ones(20))
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_strengths_fill_their_range(spread: bool) -> None:
+    norms = drawn(directions([1.0] * 3), 256, lowest=0.2, highest=0.6, spread=spread).norm(dim=1)
+    assert 0.2 <= norms.min() < 0.21 and 0.59 < norms.max() <= 0.6 + 1e-6
+
+
+def test_a_spread_has_fewer_holes_than_chance() -> None:
+    """The largest angle from any point of the circle to the nearest of 32 steps."""
+    set_ = directions([1.0, 1.0])
+    circle = torch.linspace(0, 2 * torch.pi, 720)
+    points = torch.stack([circle.cos(), circle.sin()], 1)
+
+    def hole(spread: bool, seed: int) -> float:
+        return float((points @ drawn(set_, 32, seed, spread=spread, mix=1 if spread else 2).T).amax(1).min().acos())
+
+    assert max(hole(True, seed) for seed in range(10)) < sum(hole(False, seed) for seed in range(10)) / 10
+
+
+def test_scores_weigh() -> None:
+    set_ = directions([0.9, 0.1, 0.0])
+    picked = drawn(set_, 400, by_score=True).abs().argmax(1)
+    counts = torch.bincount(picked, minlength=3) / 400
+    assert abs(float(counts[0]) - 0.9) < 0.05 and counts[2] == 0
+    parts = drawn(set_, 400, by_score=True, spread=True).square().mean(0)
+    assert parts[0] > 3 * parts[1] and parts[2] == 0
+
+
+def test_one_sign() -> None:
+    for spread in (False, True):
+        assert (drawn(directions([1.0, 1.0]), 50, both_signs=False, spread=spread) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"lowest": 1.0, "highest": 0.5}, "lowest strength 1.0 is above the highest 0.5"),
+        ({"lowest": -1.0}, "at least 0"),
+        ({"highest": float("nan")}, "finite"),
+        ({"mix": 3, "leading": 2}, "mix 1 to 2 of these directions, not 3"),
+        ({"mix": 3, "by_score": True}, "mix 1 to 2 of these directions, not 3"),
+    ],
+)
+def test_steps_that_cannot_be_drawn(settings: dict, sentence: str) -> None:
+    with pytest.raises(ElrondError, match=sentence):
+        drawn(directions([2.0, 1.0, 0.0]), 3, **settings)
+    with pytest.raises(ElrondError, match="No direction of this set has a positive score"):
+        drawn(directions([0.0, -1.0]), 3, by_score=True)
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.5, 0.5), (0.7, 0.2), (-0.1, 1.0), (0.0, 1.1)])
+def test_parts_of_the_sampling_that_cannot_be(start: float, end: float) -> None:
+    with pytest.raises(ElrondError, match="start before it ends"):
+        check_share(start, end)

@@ -6,7 +6,7 @@ if __package__:
     # Test runners and type checkers import the repository's root by path; only the host imports it as a package.
     from comfy_api.latest import ComfyExtension, io
 
-    from .nodes import NODES
+    from .nodes import NODES, routes
 
     class ElrondExtension(ComfyExtension):
         """The pack as ComfyUI loads it."""
@@ -17,6 +17,7 @@ if __package__:
 
     async def comfy_entrypoint() -> ElrondExtension:
         """What ComfyUI calls to load the pack."""
+        routes.register()
         return ElrondExtension()
 
 

@@ -1,6 +1,19 @@
 """The nodes: each reads its inputs, calls one thing in `elrond_core`, and wraps the result."""
 
-from . import complexity, concept, decompose, demo_model, files, gradients, realizations, steering
+from . import (
+    complexity,
+    compose,
+    concept,
+    decompose,
+    demo_model,
+    diversity,
+    files,
+    gradients,
+    labels,
+    realizations,
+    steering,
+    sweep,
+)
 
 NODES = [
     *concept.NODES,
@@ -8,6 +21,10 @@ NODES = [
     *gradients.NODES,
     *decompose.NODES,
     *steering.NODES,
+    *sweep.NODES,
+    *compose.NODES,
+    *labels.NODES,
+    *diversity.NODES,
     *complexity.NODES,
     *files.NODES,
     *demo_model.NODES,

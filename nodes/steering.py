@@ -7,26 +7,16 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..elrond_core.compose import strengths_of
 from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
-from ..elrond_core.steering import change_of, draw_steps
+from ..elrond_core.steering import Draw, change_of, check_share, check_strengths, draw_steps
 from ..elrond_core.tokens import Concept
 from . import host
-from .types import DirectionsIO, seed_input
+from .types import CONCEPT_INPUT, RELATIVE, UNIT_INPUT, DirectionsIO, seed_input
 
-_RELATIVE = "token norms"
-_UNITS = io.Combo.Input(
-    "unit",
-    options=[_RELATIVE, "absolute"],
-    default=_RELATIVE,
-    tooltip="What a strength of 1 is: the length of the concept's own embedding (about the same for every model), "
-    "or one embedding unit (the paper's strengths, 30 to 60 on SDXL).",
-)
-_CONCEPT = io.String.Input(
-    "concept",
-    default="",
-    tooltip="Which concept of the prompt to steer. Empty: the one the directions were made for, or the first.",
-)
+_RANDOM, _SPREAD = "random", "spread"
+_EQUAL, _BY_SCORE = "equal", "by score"
 _START = io.Float.Input(
     "start", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Share of the sampling at which steering starts."
 )
@@ -35,7 +25,7 @@ _END = io.Float.Input(
 )
 
 
-def _concept(memory: dict[str, Any], directions: Directions, wanted: str) -> tuple[Concept, float]:
+def concept_and_norm(memory: dict[str, Any], directions: Directions, wanted: str) -> tuple[Concept, float]:
     """The concept to steer and its token norm, once it is clear that the directions fit the prompt's model family."""
     family = directions.provenance.family
     if family and family != memory["family"]:
@@ -52,8 +42,18 @@ def _concept(memory: dict[str, Any], directions: Directions, wanted: str) -> tup
     return concepts[0], memory["norms"][0]
 
 
+def _good_share(start: float | None, end: float | None) -> bool | str:
+    """True, or why no step lies between two points of the sampling; None is a value that is wired."""
+    try:
+        if start is not None and end is not None:
+            check_share(start, end)
+    except ElrondError as error:
+        return str(error)
+    return True
+
+
 class ApplyDirection(io.ComfyNode):
-    """Add one direction to the concept's rows."""
+    """Add directions to the concept's rows."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -75,13 +75,31 @@ class ApplyDirection(io.ComfyNode):
                     step=0.05,
                     tooltip="How far to go; negative goes the other way, 0 changes nothing.",
                 ),
-                _UNITS,
+                UNIT_INPUT,
                 _START,
                 _END,
-                _CONCEPT,
+                CONCEPT_INPUT,
+                io.String.Input(
+                    "strengths",
+                    default="",
+                    optional=True,
+                    tooltip="Several directions at once, as in 0: 0.5, 3: -0.2. If there are any, they take the place "
+                    "of index and strength. The panel's sliders write here.",
+                ),
             ],
             outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="The steered prompt.")],
         )
+
+    @classmethod
+    def validate_inputs(
+        cls, start: float | None = None, end: float | None = None, strengths: str | None = None
+    ) -> bool | str:
+        """Refuse what can be seen to be wrong before anything is computed."""
+        try:
+            strengths_of(strengths or "")
+        except ElrondError as error:
+            return str(error)
+        return _good_share(start, end)
 
     @classmethod
     def execute(
@@ -94,13 +112,15 @@ class ApplyDirection(io.ComfyNode):
         start: float,
         end: float,
         concept: str,
+        strengths: str = "",
     ) -> io.NodeOutput:
         """Steer the marked entries."""
-        vector = directions.pick(index)
+        chosen = strengths_of(strengths) or {index: strength}
+        vector = torch.stack([amount * directions.pick(i) for i, amount in chosen.items()]).sum(0)
 
         def change(memory: dict[str, Any]) -> tuple[tuple[int, ...], torch.Tensor]:
-            found, norm = _concept(memory, directions, concept)
-            return found.rows, strength * (norm if unit == _RELATIVE else 1.0) * vector
+            found, norm = concept_and_norm(memory, directions, concept)
+            return found.rows, (norm if unit == RELATIVE else 1.0) * vector
 
         return io.NodeOutput(host.steer_conditioning(conditioning, change, start, end))
 
@@ -128,7 +148,7 @@ class Diversify(io.ComfyNode):
                     "lowest", default=0.2, min=0.0, max=1000.0, step=0.05, tooltip="Strengths are uniform from here …"
                 ),
                 io.Float.Input("highest", default=0.8, min=0.0, max=1000.0, step=0.05, tooltip="… to here."),
-                _UNITS,
+                UNIT_INPUT,
                 io.Int.Input(
                     "mix",
                     default=1,
@@ -142,13 +162,45 @@ class Diversify(io.ComfyNode):
                 io.Boolean.Input("both_signs", default=True, tooltip="Go either way along a direction."),
                 _START,
                 _END,
-                _CONCEPT,
+                CONCEPT_INPUT,
+                io.Combo.Input(
+                    "how",
+                    options=[_RANDOM, _SPREAD],
+                    default=_RANDOM,
+                    optional=True,
+                    tooltip="random: each image draws on its own, as in the paper. spread: mixes of all leading "
+                    "directions that lie evenly apart, so that a small batch covers more.",
+                ),
+                io.Combo.Input(
+                    "weights",
+                    options=[_EQUAL, _BY_SCORE],
+                    default=_EQUAL,
+                    optional=True,
+                    tooltip="equal: all directions alike. by score: those with high scores more often, or with a "
+                    "larger part in a mix.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="conditioning", tooltip="One entry an image."),
                 io.String.Output(display_name="report", tooltip="What every image got."),
             ],
         )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        lowest: float | None = None,
+        highest: float | None = None,
+        start: float | None = None,
+        end: float | None = None,
+    ) -> bool | str:
+        """Refuse what can be seen to be wrong before anything is computed."""
+        try:
+            if lowest is not None and highest is not None:
+                check_strengths(lowest, highest)
+        except ElrondError as error:
+            return str(error)
+        return _good_share(start, end)
 
     @classmethod
     def execute(
@@ -166,22 +218,37 @@ class Diversify(io.ComfyNode):
         start: float,
         end: float,
         concept: str,
+        how: str = _RANDOM,
+        weights: str = _EQUAL,
     ) -> io.NodeOutput:
         """Draw and steer."""
-        draws = draw_steps(directions, count, seed, lowest, highest, mix, leading, both_signs)
+        draws = draw_steps(
+            directions,
+            count,
+            seed,
+            lowest,
+            highest,
+            mix,
+            leading,
+            both_signs,
+            spread=how == _SPREAD,
+            by_score=weights == _BY_SCORE,
+        )
         changes = torch.stack([change_of(directions, draw) for draw in draws])
 
         def change(memory: dict[str, Any]) -> tuple[tuple[int, ...], torch.Tensor]:
-            found, norm = _concept(memory, directions, concept)
-            return found.rows, (norm if unit == _RELATIVE else 1.0) * changes
+            found, norm = concept_and_norm(memory, directions, concept)
+            return found.rows, (norm if unit == RELATIVE else 1.0) * changes
 
-        lines = [
-            f"image {i}: "
-            + " + ".join(f"{w:+.2f} x direction {k}" for k, w in zip(draw.indices, draw.weights, strict=True))
-            + f", strength {draw.strength:+.3f} {unit}"
-            for i, draw in enumerate(draws)
-        ]
+        lines = [f"image {i}: {_what(directions, draw)} {unit}" for i, draw in enumerate(draws)]
         return io.NodeOutput(host.steer_conditioning(conditioning, change, start, end), "\n".join(lines))
+
+
+def _what(directions: Directions, draw: Draw) -> str:
+    """A draw in words, its largest parts first."""
+    parts = sorted(zip(draw.indices, draw.weights, strict=True), key=lambda part: -abs(part[1]))
+    named = [f"{w:+.2f} x direction {k}" + (f" ({n})" if (n := directions.names[k]) else "") for k, w in parts]
+    return " + ".join(named) + f", strength {draw.strength:+.3f}"
 
 
 NODES = [ApplyDirection, Diversify]

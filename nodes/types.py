@@ -1,4 +1,4 @@
-"""Socket types of the pack, and the two conversions every node needs."""
+"""Socket types of the pack, and the inputs and conversions that several nodes share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ GradientsIO = io.Custom("ELROND_GRADIENTS")
 DirectionsIO = io.Custom("ELROND_DIRECTIONS")
 
 SEED_LIMIT = 0xFFFFFFFFFFFFFFFF
+RELATIVE = "token norms"
+UNIT_INPUT = io.Combo.Input(
+    "unit",
+    options=[RELATIVE, "absolute"],
+    default=RELATIVE,
+    tooltip="What a strength of 1 is: the length of the concept's own embedding (about the same for every model), "
+    "or one embedding unit (the paper's strengths, 30 to 60 on SDXL).",
+)
+CONCEPT_INPUT = io.String.Input(
+    "concept",
+    default="",
+    tooltip="Which concept of the prompt to steer. Empty: the one the directions were made for, or the first.",
+)
 
 
 def image(picture: np.ndarray) -> torch.Tensor:

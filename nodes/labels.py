@@ -1,0 +1,127 @@
+"""LabelDirections: names for directions, from the text encoder alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..elrond_core import labels
+from ..elrond_core.compose import renamed
+from ..elrond_core.directions import Directions
+from ..elrond_core.errors import ElrondError
+from ..elrond_core.tokens import find_concept, occurrences
+from . import host
+from .types import DirectionsIO
+
+
+def _rows(clip: Any, prompt: str, concept: str, occurrence: int) -> torch.Tensor:
+    """(R, d) the rows of one occurrence of a concept in a prompt."""
+    pieces, length = host.pieces_of(clip, prompt)
+    encoded = host.encode(clip, prompt)[0][0]
+    # An encoder that drops a chat template from the front returns fewer rows than tokens.
+    found = find_concept(pieces, concept, occurrence).shifted(encoded.shape[1] - length)
+    return encoded[0, list(found.rows)].float().cpu()
+
+
+def _occurrence(clip: Any, directions: Directions) -> int:
+    """Which occurrence of the concept in their prompt the directions were made for; the first if that is unclear."""
+    origin = directions.provenance
+    pieces, length = host.pieces_of(clip, origin.prompt)
+    dropped = length - host.encode(clip, origin.prompt)[0][0].shape[1]
+    for place in range(len(occurrences(origin.prompt, origin.concept))):
+        if find_concept(pieces, origin.concept, place).shifted(-dropped).rows == origin.rows:
+            return place
+    return 0
+
+
+class LabelDirections(io.ComfyNode):
+    """CLIP and directions to named directions."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="ElrondLabelDirections",
+            display_name="Label Directions (ELROND)",
+            category="ELROND",
+            description="Suggests names: which adjective, put before the concept, moves its embedding the same way? "
+            "Needs the text encoder only.",
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoder that the directions were made with."),
+                DirectionsIO.Input("directions", tooltip="From a fit or Load Directions."),
+                io.String.Input(
+                    "words",
+                    default=labels.WORDS,
+                    multiline=True,
+                    tooltip="Words or phrases to try, separated by commas. Give many, of all kinds: what they have in "
+                    "common is left out.",
+                ),
+                io.Float.Input(
+                    "least",
+                    default=0.1,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="A word needs at least this score (a cosine) to become part of a name.",
+                ),
+                io.Boolean.Input("replace", default=False, tooltip="Also rename directions that have a name already."),
+                io.String.Input(
+                    "names",
+                    default="",
+                    multiline=True,
+                    tooltip="Your own names, one a line, in order; they win. An empty line keeps the suggestion.",
+                ),
+            ],
+            outputs=[
+                DirectionsIO.Output(display_name="directions", tooltip="The same directions with names."),
+                io.String.Output(display_name="report", tooltip="The closest words of each direction, with scores."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, words: str | None = None) -> bool | str:
+        """Refuse what can be seen to be wrong before anything is computed."""
+        try:
+            labels.words_of(words if words is not None else labels.WORDS)
+        except ElrondError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(
+        cls, clip: Any, directions: Directions, words: str, least: float, replace: bool, names: str
+    ) -> io.NodeOutput:
+        """Encode the concept with each word before it, and compare."""
+        if clip is None:
+            raise ElrondError("The CLIP input is empty: this checkpoint has no text encoder; load one separately.")
+        origin = directions.provenance
+        family = host.family_of(clip)
+        if origin.family and origin.family != family:
+            raise ElrondError(f"These directions were made for {origin.family}, but this text encoder is {family}'s.")
+        if not origin.prompt or not origin.concept:
+            raise ElrondError("These directions do not say which concept of which prompt they were made for.")
+        given = names.rstrip().splitlines()
+        if len(given) > len(directions):
+            raise ElrondError(f"There are {len(given)} names for {len(directions)} directions.")
+        tried = labels.words_of(words)
+        place = _occurrence(clip, directions)
+        bare = _rows(clip, origin.prompt, origin.concept, place)
+        update = host.progress(len(tried))
+        moved = []
+        for word in tried:
+            prompt = labels.put_before(origin.prompt, origin.concept, place, word)
+            # A phrase may hold the concept's own word.
+            moved.append(_rows(clip, prompt, origin.concept, place + len(occurrences(word, origin.concept))))
+            update(len(moved))
+        found = labels.label(directions, tried, bare, torch.stack(moved))
+        named = renamed(labels.labelled(directions, found, least, replace), given)
+        lines = [
+            f"{i}: {name or '(no name)'}   {entry.line()}"
+            for i, (name, entry) in enumerate(zip(named.names, found, strict=True))
+        ]
+        return io.NodeOutput(named, "\n".join(lines))
+
+
+NODES = [LabelDirections]

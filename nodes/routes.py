@@ -1,0 +1,153 @@
+"""What the browser panel asks the server: the directions of a file, their names and stars, their thumbnails.
+
+    GET  /elrond/files                                    {"names": [...]}, newest first
+    GET  /elrond/directions?name=NAME                     see `describe`
+    POST /elrond/directions {name, index, label?, star?}  the same, after the change is kept in the file
+    GET  /elrond/thumbnail?digest=DIGEST                  a PNG that Direction Sweep kept
+
+What cannot be answered comes back as {"error": one sentence} with status 400 or 404.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from ..elrond_core import files
+from ..elrond_core.errors import ElrondError
+from . import files as shelf
+from . import host
+
+KIND = "directions"
+LONGEST = 100
+_lock = asyncio.Lock()
+
+
+def thumbnail(digest: str) -> Path:
+    """Where a direction's thumbnail is, if it has one.
+
+    Raises:
+        ElrondError: if the text is no digest, so that no path can be made of it.
+    """
+    if not re.fullmatch(r"[0-9a-f]{24}", digest):
+        raise ElrondError("A thumbnail is named by 24 hexadecimal digits.")
+    return host.output_folder() / "thumbnails" / f"{digest}.png"
+
+
+def describe(name: str) -> dict[str, Any]:
+    """A directions file for the panel.
+
+    Raises:
+        ElrondError: if there is no such file, or it is damaged.
+    """
+    directions = files.load_directions(shelf._find(KIND, name))
+    entries = []
+    for i, score in enumerate(directions.scores.tolist()):
+        digest = directions.digest(i)
+        picture = thumbnail(digest)
+        stamp = f"{digest}&v={picture.stat().st_mtime_ns}" if picture.is_file() else ""
+        entries.append(
+            {
+                "index": i,
+                "label": directions.names[i],
+                "star": directions.stars[i],
+                "score": score,
+                "thumbnail": stamp and f"/elrond/thumbnail?digest={stamp}",
+            }
+        )
+    return {
+        "name": name,
+        "concept": directions.provenance.concept,
+        "score_name": directions.score_name,
+        "directions": entries,
+    }
+
+
+def change(name: str, index: int, label: str | None, star: bool | None) -> None:
+    """Rename or star one direction of a file.
+
+    A file that ships with the pack stays as it is: its changed copy goes to the output folder, which is looked into
+    first.
+
+    Raises:
+        ElrondError: if there is no such file or direction, or the label is too long.
+    """
+    path = shelf._find(KIND, name)
+    directions = files.load_directions(path)
+    directions.pick(index)
+    if label is not None and (len(label) > LONGEST or not label.isprintable()):
+        raise ElrondError(f"A direction's name has at most {LONGEST} characters, all of them printable.")
+    names, stars = list(directions.names), list(directions.stars)
+    names[index] = names[index] if label is None else label.strip()
+    stars[index] = stars[index] if star is None else star
+    if path.is_relative_to(host.file_folders()[-1]):
+        path = files.safe_path(host.output_folder() / KIND, name, shelf.SUFFIX)
+    files.save_directions(replace(directions, names=tuple(names), stars=tuple(stars)), path)
+
+
+async def _answer(work: Callable[..., Any], *arguments: Any) -> web.Response:
+    try:
+        return web.json_response(await asyncio.to_thread(work, *arguments))
+    except ElrondError as error:
+        return web.json_response({"error": str(error)}, status=404 if "There is no" in str(error) else 400)
+
+
+async def get_files(request: web.Request) -> web.Response:
+    """Names of all directions files."""
+    return await _answer(lambda: {"names": shelf._listed(KIND)})
+
+
+async def get_directions(request: web.Request) -> web.Response:
+    """One directions file."""
+    return await _answer(describe, request.query.get("name", ""))
+
+
+async def post_directions(request: web.Request) -> web.Response:
+    """A new name or star."""
+    # A page of another site can post a form here, but not JSON.
+    if request.content_type != "application/json":
+        return web.json_response({"error": "Send JSON."}, status=400)
+    try:
+        wanted = await request.json()
+    except ValueError:
+        return web.json_response({"error": "This is not JSON."}, status=400)
+    good = isinstance(wanted, dict) and type(wanted.get("name")) is str and type(wanted.get("index")) is int
+    good = good and type(wanted.get("label")) in (str, type(None)) and type(wanted.get("star")) in (bool, type(None))
+    if not good:
+        return web.json_response({"error": "Send a name, an index, and a label or a star."}, status=400)
+
+    def work() -> dict[str, Any]:
+        change(wanted["name"], wanted["index"], wanted.get("label"), wanted.get("star"))
+        return describe(wanted["name"])
+
+    # Two changes at once would each write the file without the other's.
+    async with _lock:
+        return await _answer(work)
+
+
+async def get_thumbnail(request: web.Request) -> web.StreamResponse:
+    """A picture of what a direction does."""
+    try:
+        path = thumbnail(request.query.get("digest", ""))
+    except ElrondError as error:
+        return web.json_response({"error": str(error)}, status=400)
+    if not path.is_file():
+        return web.json_response({"error": "There is no such thumbnail."}, status=404)
+    return web.FileResponse(path, headers={"Content-Type": "image/png"})
+
+
+def register() -> None:
+    """Add the routes to the running server, if there is one."""
+    table = host.routes()
+    if table is None:
+        return
+    table.get("/elrond/files")(get_files)
+    table.get("/elrond/directions")(get_directions)
+    table.post("/elrond/directions")(post_directions)
+    table.get("/elrond/thumbnail")(get_thumbnail)

@@ -1,0 +1,399 @@
+// A list of the directions of a file, on Load Directions and Apply Direction: names, stars, scores, thumbnails, sliders.
+//
+// Everything it does goes through the nodes' plain widgets and /elrond/…, so graphs work the same without it.
+
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+
+const LOAD = "ElrondLoadDirections";
+const APPLY = "ElrondApplyDirection";
+const CLOSED_HEIGHT = 34;
+const ROW_HEIGHT = 34;
+const MOST_ROWS = 8;
+const panels = new Set();
+
+const STYLE = `
+.elrond-panel { display: flex; flex-direction: column; gap: 4px; height: 100%; overflow: hidden; box-sizing: border-box;
+  color: var(--input-text, #ddd); font: 12px/1.3 system-ui, sans-serif; }
+.elrond-panel button, .elrond-panel input { font: inherit; color: inherit; }
+.elrond-panel button, .elrond-panel input[type="text"], .elrond-panel input[type="number"] {
+  background: var(--comfy-input-bg, #222); border: 1px solid var(--border-color, #4e4e4e); border-radius: 4px;
+  padding: 2px 6px; min-width: 0; }
+.elrond-panel button { cursor: pointer; white-space: nowrap; }
+.elrond-panel :focus-visible { outline: 2px solid var(--p-primary-color, #3b82f6); outline-offset: -1px; }
+.elrond-panel .elrond-head { text-align: left; flex: none; overflow: hidden; text-overflow: ellipsis; }
+.elrond-panel .elrond-bar { display: flex; gap: 4px; align-items: center; flex: none; }
+.elrond-panel .elrond-bar input { width: 52px; }
+.elrond-panel ul { list-style: none; margin: 0; padding: 0; overflow: auto; flex: 1; min-height: 0; }
+.elrond-panel li { display: flex; gap: 5px; align-items: center; height: ${ROW_HEIGHT - 2}px; margin-bottom: 2px; }
+.elrond-panel li input[type="text"] { flex: 1 1 70px; }
+.elrond-panel li input[type="range"] { flex: 1 1 80px; min-width: 50px; accent-color: var(--p-primary-color, #3b82f6); }
+.elrond-panel li output { width: 38px; text-align: right; font-variant-numeric: tabular-nums; }
+.elrond-panel .elrond-index { width: 20px; text-align: right; color: var(--descrip-text, #999); }
+.elrond-panel .elrond-score { color: var(--descrip-text, #999); font-variant-numeric: tabular-nums; }
+.elrond-panel .elrond-star { border: none; background: none; padding: 0 2px; font-size: 15px; }
+.elrond-panel img { height: 30px; border-radius: 3px; }
+.elrond-panel [role="status"] { color: var(--descrip-text, #999); flex: none; }
+.elrond-panel [hidden] { display: none; }
+`;
+
+/** An element with properties, attributes (names with a dash) and children. */
+function make(tag, settings = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [key, value] of Object.entries(settings)) {
+    if (key.includes("-") || key === "role") element.setAttribute(key, value);
+    else element[key] = value;
+  }
+  element.append(...children);
+  return element;
+}
+
+function widgetOf(node, name) {
+  return node?.widgets?.find((widget) => widget.name === name);
+}
+
+/** Call `after` whenever a widget is changed, by hand or by another script. */
+function follow(widget, after) {
+  const before = widget.callback;
+  widget.callback = function (...values) {
+    before?.apply(this, values);
+    after();
+  };
+}
+
+async function ask(path, change) {
+  const options = change && {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(change),
+  };
+  const reply = await api.fetchApi(path, options);
+  const answer = await reply.json();
+  if (answer.error) throw new Error(answer.error);
+  return answer;
+}
+
+/** "0: 0.5, 3: -0.2" as a Map; what cannot be read is left out, since the server says so anyway. */
+export function parse(text) {
+  const found = new Map();
+  for (const part of String(text ?? "").split(/[,;\n]/)) {
+    const [index, value] = part.split(/[:=]/).map((piece) => Number(piece.trim() || NaN));
+    if (Number.isInteger(index) && index >= 0 && Number.isFinite(value)) found.set(index, value);
+  }
+  return found;
+}
+
+/** The inverse of `parse`. */
+export function format(strengths) {
+  return [...strengths].sort((a, b) => a[0] - b[0]).map(([index, value]) => `${index}: ${value}`).join(", ");
+}
+
+class Panel {
+  constructor(node) {
+    this.node = node;
+    this.steers = node.comfyClass === APPLY;
+    this.file = null; // what /elrond/directions said
+    this.asked = 0;
+    this.build();
+    const height = () => this.height();
+    this.widget = node.addDOMWidget("elrond_panel", "elrond_panel", this.root, {
+      serialize: false,
+      getMinHeight: height,
+      getMaxHeight: height,
+    });
+    this.widget.serialize = false;
+    panels.add(this);
+    this.listen();
+  }
+
+  /** What survives in the workflow, beside the widgets. */
+  get kept() {
+    return (this.node.properties.elrond ??= {});
+  }
+
+  get strengths() {
+    return widgetOf(this.node, "strengths");
+  }
+
+  height() {
+    if (!this.kept.open) return CLOSED_HEIGHT;
+    const rows = this.file ? this.file.directions.length : 0;
+    return CLOSED_HEIGHT + 52 + ROW_HEIGHT * Math.max(1, Math.min(rows, MOST_ROWS));
+  }
+
+  build() {
+    this.head = make("button", { type: "button", className: "elrond-head", onclick: () => this.toggle() });
+    this.list = make("ul", { "aria-label": "Directions" });
+    this.status = make("div", { role: "status" });
+    this.starred = make("input", { type: "checkbox", onchange: () => this.draw() });
+    this.bar = make("div", { className: "elrond-bar" });
+    if (this.steers) {
+      const range = (name, label) =>
+        make("input", {
+          type: "number",
+          step: "any",
+          title: label,
+          "aria-label": label,
+          onchange: (event) => this.setRange(name, event.target),
+        });
+      this.lowest = range("lowest", "Lowest strength of the sliders");
+      this.highest = range("highest", "Highest strength of the sliders");
+      this.bar.append(
+        this.lowest,
+        this.highest,
+        make("button", {
+          type: "button",
+          textContent: "Randomise",
+          title: "A random strength for every direction that is switched on",
+          onclick: () => this.randomise(),
+        }),
+        make("button", {
+          type: "button",
+          textContent: "Off",
+          title: "Switch all off; index and strength act again",
+          onclick: () => this.write(new Map()),
+        }),
+      );
+    }
+    this.bar.append(
+      make("label", { title: "Show starred directions only" }, this.starred, " ★ only"),
+      make("button", {
+        type: "button",
+        textContent: "↻",
+        title: "Look at the files again",
+        "aria-label": "Look at the files again",
+        onclick: () => this.refresh(true),
+      }),
+    );
+    this.root = make("div", { className: "elrond-panel" }, this.head, this.bar, this.list, this.status);
+    // Delete in a slider must not delete the node; shortcuts with Ctrl, such as queueing, still work.
+    this.root.addEventListener("keydown", (event) => {
+      if (!event.ctrlKey && !event.metaKey) event.stopPropagation();
+    });
+    this.root.addEventListener("pointerdown", (event) => event.stopPropagation());
+    this.list.addEventListener("wheel", (event) => event.stopPropagation());
+  }
+
+  listen() {
+    const { node } = this;
+    const chain = (name, after) => {
+      const before = node[name];
+      node[name] = function (...values) {
+        const result = before?.apply(this, values);
+        after();
+        return result;
+      };
+    };
+    chain("onConfigure", () => this.later());
+    chain("onConnectionsChange", () => this.later());
+    chain("onRemoved", () => panels.delete(this));
+    const name = widgetOf(node, "name");
+    // Panels of other nodes may show this file too.
+    if (name) follow(name, () => panels.forEach((panel) => panel.later()));
+    for (const widget of [this.strengths, widgetOf(node, "unit")]) if (widget) follow(widget, () => this.draw());
+    this.later();
+  }
+
+  /** Refresh once whatever is going on is over: a node is told of its links one by one. */
+  later() {
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.refresh(), 0);
+  }
+
+  /** The node that loads the file: this one, or the one that the directions come from. */
+  loader() {
+    let { node } = this;
+    const slot = node.inputs?.findIndex((input) => input.name === "directions");
+    if (this.steers) node = slot >= 0 ? node.getInputNode(slot) : null;
+    while (node?.type === "Reroute") node = node.getInputNode(0);
+    return node?.comfyClass === LOAD ? node : null;
+  }
+
+  async refresh(anew = false) {
+    const loader = this.loader();
+    const name = widgetOf(loader, "name")?.value;
+    const asked = ++this.asked;
+    let said = "";
+    let file = null;
+    try {
+      if (anew && loader) widgetOf(loader, "name").options.values = (await ask("/elrond/files")).names;
+      if (name) file = await ask(`/elrond/directions?name=${encodeURIComponent(name)}`);
+      else said = this.steers ? "Connect Load Directions to see its directions here." : "No file yet.";
+    } catch (error) {
+      said = error.message;
+    }
+    // A slower answer to an earlier question is out of date.
+    if (asked !== this.asked) return;
+    this.file = file;
+    this.draw(said);
+    this.fit();
+  }
+
+  toggle() {
+    this.kept.open = !this.kept.open;
+    this.draw();
+    this.fit(true);
+    if (this.kept.open) this.refresh(true);
+  }
+
+  fit(shrink = false) {
+    const [width, least] = this.node.computeSize();
+    const height = shrink ? least : Math.max(this.node.size[1], least);
+    if (height !== this.node.size[1]) this.node.setSize([Math.max(width, this.node.size[0]), height]);
+    this.node.setDirtyCanvas?.(true, true);
+  }
+
+  range() {
+    const reach = widgetOf(this.node, "unit")?.value === "absolute" ? 60 : 1;
+    return [this.kept.lowest ?? -reach, this.kept.highest ?? reach];
+  }
+
+  setRange(name, input) {
+    const value = input.valueAsNumber;
+    const [lowest, highest] = this.range();
+    const good = name === "lowest" ? value < highest : value > lowest;
+    if (good) this.kept[name] = value;
+    this.draw(good ? "" : "The lowest strength must be below the highest.");
+  }
+
+  /** Write strengths to the node's widget; all else follows from it. */
+  write(strengths) {
+    const text = format(strengths);
+    if (this.strengths.value === text) return;
+    this.strengths.value = text;
+    this.strengths.callback?.(text);
+    this.node.graph?.change?.();
+  }
+
+  randomise() {
+    const [lowest, highest] = this.range();
+    const chosen = [...parse(this.strengths.value).keys()];
+    if (!chosen.length) return this.draw("Switch on the directions to randomise first.");
+    this.write(new Map(chosen.map((index) => [index, round(lowest + (highest - lowest) * Math.random())])));
+  }
+
+  async keep(change) {
+    try {
+      this.file = await ask("/elrond/directions", { name: this.file.name, ...change });
+      this.draw();
+      panels.forEach((panel) => panel !== this && panel.file?.name === this.file.name && panel.later());
+    } catch (error) {
+      this.draw(error.message);
+    }
+  }
+
+  draw(said = "") {
+    const open = Boolean(this.kept.open);
+    const count = this.file?.directions.length;
+    this.head.textContent = `${open ? "▾" : "▸"} ${count ? `${count} directions of “${this.file.concept}”` : "Directions"}`;
+    this.head.setAttribute("aria-expanded", String(open));
+    for (const part of [this.bar, this.list, this.status]) part.hidden = !open;
+    if (!open) return;
+    const on = this.steers ? parse(this.strengths?.value) : new Map();
+    if (this.steers) [this.lowest.value, this.highest.value] = this.range();
+    const some = (this.file?.directions ?? []).filter((entry) => entry.star || !this.starred.checked);
+    this.arrange(some, on);
+    const beyond = count === undefined ? [] : [...on.keys()].filter((index) => index >= count);
+    if (!said && beyond.length) said = `This file has no direction ${beyond.join(", ")}.`;
+    if (!said && this.steers && count && !on.size) said = "No slider is on: index and strength are used.";
+    this.status.textContent = said;
+    this.status.title = said;
+  }
+
+  /** Rows are updated where they are, so that the one in use keeps the focus. */
+  arrange(entries, on) {
+    const rows = new Map([...this.list.children].map((row) => [Number(row.dataset.index), row]));
+    const wanted = entries.map((entry) => {
+      const row = rows.get(entry.index) ?? this.row(entry.index);
+      this.fill(row, entry, on);
+      return row;
+    });
+    if (wanted.length !== this.list.children.length || wanted.some((row, i) => row !== this.list.children[i])) {
+      this.list.replaceChildren(...wanted);
+    }
+  }
+
+  row(index) {
+    const parts = {};
+    if (this.steers) {
+      parts.on = make("input", { type: "checkbox", onchange: (event) => this.switch(index, event.target.checked) });
+    }
+    parts.star = make("button", {
+      type: "button",
+      className: "elrond-star",
+      onclick: () => this.keep({ index, star: !this.file.directions[index].star }),
+    });
+    parts.picture = make("img", { alt: "" });
+    parts.label = make("input", {
+      type: "text",
+      maxLength: 100,
+      placeholder: `direction ${index}`,
+      onchange: (event) => this.keep({ index, label: event.target.value.trim() }),
+    });
+    parts.score = make("span", { className: "elrond-score" });
+    if (this.steers) {
+      parts.slider = make("input", { type: "range", oninput: (event) => this.slide(index, event.target.valueAsNumber) });
+      parts.value = make("output");
+    }
+    const number = make("span", { className: "elrond-index", textContent: index });
+    const row = make("li", {}, number, ...Object.values(parts));
+    row.dataset.index = index;
+    row.parts = parts;
+    return row;
+  }
+
+  fill({ parts }, entry, on) {
+    const { index, label, star, score, thumbnail } = entry;
+    const title = label || `direction ${index}`;
+    parts.star.textContent = star ? "★" : "☆";
+    parts.star.setAttribute("aria-pressed", String(star));
+    parts.star.setAttribute("aria-label", `Star ${title}`);
+    parts.picture.hidden = !thumbnail;
+    const address = thumbnail ? api.apiURL(thumbnail) : "";
+    if (thumbnail && parts.picture.getAttribute("src") !== address) parts.picture.src = address;
+    if (document.activeElement !== parts.label) parts.label.value = label;
+    parts.label.setAttribute("aria-label", `Name of direction ${index}`);
+    parts.score.textContent = score.toPrecision(2);
+    parts.score.title = `${this.file.score_name} ${score}`;
+    if (!this.steers) return;
+    const [lowest, highest] = this.range();
+    const value = on.get(index) ?? this.kept.values?.[index] ?? Math.min(Math.max(0, lowest), highest);
+    parts.on.checked = on.has(index);
+    parts.on.setAttribute("aria-label", `Use ${title}`);
+    Object.assign(parts.slider, { min: lowest, max: highest, step: (highest - lowest) / 200 });
+    parts.slider.value = value;
+    parts.slider.setAttribute("aria-label", `Strength of ${title}`);
+    parts.value.textContent = value.toFixed(2);
+  }
+
+  switch(index, on) {
+    const strengths = parse(this.strengths.value);
+    if (on) strengths.set(index, round(this.kept.values?.[index] ?? 0));
+    else {
+      // Where the slider stood, for when it is switched on again.
+      this.kept.values = { ...this.kept.values, [index]: strengths.get(index) };
+      strengths.delete(index);
+    }
+    this.write(strengths);
+  }
+
+  slide(index, value) {
+    this.write(parse(this.strengths.value).set(index, round(value)));
+  }
+}
+
+function round(value) {
+  return Number(value.toFixed(4));
+}
+
+app.registerExtension({
+  name: "elrond.panel",
+  setup() {
+    document.head.append(make("style", { textContent: STYLE }));
+    // A graph that ran may have saved directions or made thumbnails.
+    api.addEventListener("execution_success", () => panels.forEach((panel) => panel.kept.open && panel.refresh(true)));
+  },
+  nodeCreated(node) {
+    if (node.comfyClass === LOAD || node.comfyClass === APPLY) node.elrondPanel = new Panel(node);
+  },
+});

@@ -7,7 +7,7 @@ number of factors a noun leaves open is the true complexity of its concept.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -63,12 +63,14 @@ class Caption:
         bare: the same with the attributes left out.
         noun: the concept word.
         named: factor to attribute word.
+        share: factor to how far its word holds, above 0 to 1; a factor that is not here, wholly.
     """
 
     text: str
     bare: str
     noun: str
     named: dict[str, str]
+    share: dict[str, float] = field(default_factory=dict)
 
 
 def compose(noun: str, words: list[str]) -> Caption:
@@ -96,19 +98,41 @@ def draw_caption(generator: torch.Generator) -> Caption:
     return compose(noun, words)
 
 
+def draw_shaded_caption(generator: torch.Generator) -> Caption:
+    """A random caption whose words hold in part only, from hardly to nearly wholly."""
+    caption = draw_caption(generator)
+    shares = torch.rand(len(caption.named), generator=generator).tolist()
+    return replace(caption, share=dict(zip(caption.named, shares, strict=True)))
+
+
+def window(caption: Caption, factor: str) -> tuple[float, float]:
+    """The interval a continuous factor is uniform on.
+
+    A point if the noun fixes it, [0, 1] if nobody names it, the word's own if it is named; where the word holds in
+    part, its ends lie in proportion between.
+    """
+    if factor in NOUNS[caption.noun]:
+        return (NOUNS[caption.noun][factor],) * 2
+    if factor not in caption.named:
+        return 0.0, 1.0
+    share = caption.share.get(factor, 1.0)
+    low, high = WORDS[factor][caption.named[factor]]
+    return share * low, 1 + share * (high - 1)
+
+
+def draw_shape(caption: Caption, generator: torch.Generator) -> int:
+    """A shape that fulfils a caption; a word that holds in part, with that probability."""
+    drawn = int(torch.randint(len(SHAPES), (1,), generator=generator))
+    holds = float(torch.rand(1, generator=generator)) < caption.share.get("shape", 1.0)
+    if "shape" in NOUNS[caption.noun]:
+        return int(NOUNS[caption.noun]["shape"])
+    return int(WORDS["shape"][caption.named["shape"]][0]) if "shape" in caption.named and holds else drawn
+
+
 def draw_factors(captions: list[Caption], generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Factors that fulfil captions, one image each; shapes and dtypes as `world.render` takes them."""
-    count = len(captions)
-    out: dict[str, torch.Tensor] = {"shape": torch.randint(len(SHAPES), (count,), generator=generator)}
+    out = {"shape": torch.tensor([draw_shape(caption, generator) for caption in captions])}
     for name in CONTINUOUS:
-        out[name] = torch.rand(count, generator=generator)
-    for i, caption in enumerate(captions):
-        for name, value in NOUNS[caption.noun].items():
-            out[name][i] = value
-        for name, word in caption.named.items():
-            low, high = WORDS[name][word]
-            if name == "shape":
-                out[name][i] = int(low)
-            else:
-                out[name][i] = low + (high - low) * out[name][i]
+        low, high = torch.tensor([window(caption, name) for caption in captions]).unbind(1)
+        out[name] = low + (high - low) * torch.rand(len(captions), generator=generator)
     return out

@@ -22,15 +22,14 @@ import safetensors.torch
 import torch
 
 from . import model as demo_model
-from .captions import draw_caption
-from .train_teacher import OUT, TextEncoder, Words, conditioning, draw_sigma, save_atomic, velocity
+from .train_teacher import OUT, TextEncoder, Words, conditioning, draw_samples, draw_sigma, save_atomic, velocity
 
 SEED = 10602
 BATCH = 32
 ITERATIONS = 1200
 STUDENT_STEPS = 4
-GUIDANCE = 3.0
-STUDENT_RATE = 2e-4
+GUIDANCE = 7.0
+STUDENT_RATE = 3e-4
 FAKE_RATE = 4e-4
 EMA = 0.99
 # The host's `simple` schedule at 4 steps, for the demo's shift.
@@ -97,8 +96,7 @@ def distil(iterations: int, out: Path) -> None:
     began = time.monotonic() - seconds
     for iteration in range(start, iterations):
         generator = torch.Generator().manual_seed(SEED * 1_000_003 + iteration)
-        captions = [draw_caption(generator) for _ in range(BATCH)]
-        context = conditioning(encoder, captions, generator)
+        context = conditioning(encoder, draw_samples(BATCH, generator))
         nothing = empty.expand_as(context)
         noise = torch.randn(BATCH, demo_model.LATENT_CHANNELS, 8, 8, generator=generator)
         steps = torch.randint(STUDENT_STEPS, (BATCH,), generator=generator)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def path() -> Path:
@@ -13,10 +17,23 @@ def path() -> Path:
     Raises:
         FileNotFoundError: if there is none, with what to do about it.
     """
-    folder = Path(os.environ.get("COMFYUI_PATH") or Path(__file__).parents[1] / ".comfyui")
+    folder = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".comfyui")
     if not (folder / "comfy" / "sd.py").is_file():
         raise FileNotFoundError(f"No ComfyUI in {folder}: run `python dev.py demo` once, or set COMFYUI_PATH.")
     return folder
+
+
+def pack() -> ModuleType:
+    """The repository imported as the host imports it, as a package: its parts are `comfyui_elrond.nodes` and so on."""
+    name = "comfyui_elrond"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        )
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def _prepare() -> None:

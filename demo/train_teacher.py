@@ -2,6 +2,10 @@
 
 Objective: rectified flow; the UNet predicts noise minus image. So that the noun's row carries the whole concept,
 as in CLIP, many training samples show the denoiser only that row, or that row inside the caption without attributes.
+
+A few dozen attribute words would be a code to the denoiser, which would answer to each and to nothing between them,
+where a model of real text has seen every shade. So the last leg shades: the noun's row moves part of the way that each
+word moves it alone, and the factors' windows move as far.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import copy
 import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from . import host
@@ -23,19 +28,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTokenizer
 
 from . import model as demo_model
-from .captions import NOUNS, WORDS, Caption, compose, draw_caption, draw_factors
-from .world import render
+from .captions import NOUNS, WORDS, Caption, draw_caption, draw_factors, draw_shaded_caption
+from .world import CONTINUOUS, SHAPES, render
 
 SEED = 2602
 BATCH = 64
 # First step, last step and peak learning rate of each leg: a short warm-up, then a cosine to zero.
-LEGS = ((0, 4500, 1.2e-3), (4500, 7500, 8e-4))
+LEGS = ((0, 4500, 1.2e-3), (4500, 7500, 8e-4), (7500, 9500, 6e-4), (9500, 11000, 1e-3), (11000, 13500, 8e-4))
+SHADED_FROM = 9500
 WARM_UP = 200
 EMA = 0.999
 # Shares of the training samples by what the denoiser sees: every row, the noun's row alone, the noun's row inside
 # the rows of the caption without attributes; the rest sees the empty caption, for guidance.
-FULL, ALONE, INSIDE = 0.40, 0.27, 0.25
-HIGHEST_NOISE = 0.08
+FULL, ALONE, INSIDE = 0.22, 0.32, 0.40
+# Of the samples that show the noun's row without its attributes: the share that is shaded. The noise added to all of
+# them is at most this share of the row's norm.
+SHADED, ROW_NOISE = 0.85, 0.2
+HIGHEST_NOISE = 0.2
 OUT = demo_model.WEIGHTS.parent / "training"
 
 
@@ -113,21 +122,68 @@ class TextEncoder(torch.nn.Module):
         return {**self.transformer.state_dict(), demo_model.TOKEN_TABLE: table}
 
 
-def conditioning(text: TextEncoder, captions: list[Caption], generator: torch.Generator) -> torch.Tensor:
-    """The training conditioning: captions with rows hidden, in the shares given above."""
+@dataclass
+class Samples:
+    """What a batch of training samples shows the denoiser.
+
+    Attributes:
+        captions: what the images show.
+        mode: (N,) index into `MODES`.
+        noise: (N, 128) added to the noun's row where the attributes are hidden, in units of the row's norm.
+    """
+
+    captions: list[Caption]
+    mode: torch.Tensor
+    noise: torch.Tensor
+
+
+MODES = ("full", "alone", "inside", "empty")
+
+
+def draw_samples(count: int, generator: torch.Generator, shaded: bool = True) -> Samples:
+    """Random captions and how the denoiser sees them, in the shares given above."""
+    bounds = torch.tensor([FULL, FULL + ALONE, FULL + ALONE + INSIDE])
+    mode = torch.bucketize(torch.rand(count, generator=generator), bounds)
+    hidden = (mode == MODES.index("alone")) | (mode == MODES.index("inside"))
+    shade = hidden & (torch.rand(count, generator=generator) < SHADED) & shaded
+    captions = [draw_shaded_caption(generator) if shade[i] else draw_caption(generator) for i in range(count)]
+    noise = torch.randn(count, demo_model.TOKEN_WIDTH, generator=generator) / demo_model.TOKEN_WIDTH**0.5
+    amount = ROW_NOISE * torch.rand(count, generator=generator) * hidden * shaded
+    return Samples(captions, mode, noise * amount[:, None])
+
+
+def conditioning(text: TextEncoder, samples: Samples) -> torch.Tensor:
+    """(N, 16, 128): the rows the denoiser sees."""
+    captions = samples.captions
+    every = torch.arange(len(captions))
     full = text([c.text for c in captions])
     bare = text([c.bare for c in captions])
-    empty = text([""])
     place = torch.tensor([len(c.text.split()) for c in captions])
-    every = torch.arange(len(captions))
-    noun = full[every, place]
+    noun = torch.where(
+        torch.tensor([bool(c.share) for c in captions])[:, None],
+        bare[every, 2] + shades(text, captions, bare[every, 2]),
+        full[every, place],
+    )
+    noun = noun + samples.noise * noun.detach().norm(dim=1, keepdim=True)
     alone = torch.zeros_like(full)
     alone[every, place] = noun
     inside = bare.clone()
     inside[:, 2] = noun
-    draw = torch.rand(len(captions), 1, 1, generator=generator)
-    out = torch.where(draw < FULL, full, torch.where(draw < FULL + ALONE, alone, inside))
-    return torch.where(draw < FULL + ALONE + INSIDE, out, empty.expand_as(full))
+    empty = text([""]).expand_as(full)
+    return torch.stack([full, alone, inside, empty])[samples.mode, every]
+
+
+def shades(text: TextEncoder, captions: list[Caption], bare: torch.Tensor) -> torch.Tensor:
+    """(N, 128): the sum of what each word alone does to the noun's row, as far as it holds."""
+    words = [(i, word, c.share[f]) for i, c in enumerate(captions) for f, word in c.named.items() if f in c.share]
+    if not words:
+        return torch.zeros_like(bare)
+    texts = sorted({f"a {word} {captions[i].noun}" for i, word, _ in words})
+    rows = text(texts)[:, 3]
+    of = [texts.index(f"a {word} {captions[i].noun}") for i, word, _ in words]
+    owner = torch.tensor([i for i, _, _ in words])
+    moves = torch.tensor([share for _, _, share in words])[:, None] * (rows[of] - bare[owner])
+    return torch.zeros_like(bare).index_add(0, owner, moves)
 
 
 def draw_sigma(count: int, generator: torch.Generator) -> torch.Tensor:
@@ -139,20 +195,21 @@ def draw_sigma(count: int, generator: torch.Generator) -> torch.Tensor:
     return torch.where(highest, torch.ones_like(sigma), sigma)
 
 
-def batch_of(step: int, size: int, vae: demo_model.PatchVAE) -> tuple[list[Caption], torch.Tensor, torch.Generator]:
-    """Captions, their clean latents and the step's own generator: step i is the same in a resumed run."""
+def batch_of(step: int, size: int, vae: demo_model.PatchVAE) -> tuple[Samples, torch.Tensor, torch.Generator]:
+    """Samples, their clean latents and the step's own generator: step i is the same in a resumed run."""
     generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
-    captions = [draw_caption(generator) for _ in range(size)]
-    images = render(draw_factors(captions, generator))
-    return captions, vae.encode_small(images.movedim(-1, 1) * 2 - 1), generator
+    samples = draw_samples(size, generator, shaded=step >= SHADED_FROM)
+    images = render(draw_factors(samples.captions, generator))
+    return samples, vae.encode_small(images.movedim(-1, 1) * 2 - 1), generator
 
 
 def fit_vae() -> demo_model.PatchVAE:
     """The VAE, fitted to 4,000 images of the world."""
     generator = torch.Generator().manual_seed(SEED)
-    captions = [compose("thing", []) for _ in range(4000)]
+    factors = {"shape": torch.randint(len(SHAPES), (4000,), generator=generator)}
+    factors |= {name: torch.rand(4000, generator=generator) for name in CONTINUOUS}
     vae = demo_model.PatchVAE()
-    vae.fit(render(draw_factors(captions, generator)).movedim(-1, 1) * 2 - 1)
+    vae.fit(render(factors).movedim(-1, 1) * 2 - 1)
     return vae
 
 
@@ -200,12 +257,12 @@ def train(steps: int, out: Path) -> None:
         rate = rate_at(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        captions, clean, generator = batch_of(step, BATCH, vae)
+        samples, clean, generator = batch_of(step, BATCH, vae)
         sigma = draw_sigma(BATCH, generator)
         noise = torch.randn(clean.shape, generator=generator)
         level = sigma[:, None, None, None]
         noisy = (1 - level) * clean + level * noise
-        context = conditioning(text, captions, generator)
+        context = conditioning(text, samples)
         loss = ((velocity(unet, noisy, sigma, context) - (noise - clean)) ** 2).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

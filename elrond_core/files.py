@@ -40,6 +40,8 @@ _LAYOUTS: dict[str, dict[str, tuple[str, str]]] = {
 }
 _COMMON = {"format_version", "kind", "project_version", "family", "d", "rows", "prompt", "concept", "tokens"}
 _COMMON |= {"token_norm", "sigma", "count", "seed", "host"}
+# Files of earlier releases lack them.
+_OPTIONAL = {"latent_values"}
 _KEYS = {
     "directions": _COMMON | {"method", "score_name", "names", "stars"},
     "gradients": _COMMON,
@@ -166,7 +168,7 @@ def safe_path(folder: Path, name: str, suffix: str = ".safetensors") -> Path:
 def _write(
     path: Path, kind: str, tensors: dict[str, torch.Tensor], own: dict[str, str], provenance: Provenance, width: int
 ) -> None:
-    metadata = {key: value for key, value in provenance.extra.items() if key not in _KEYS[kind]}
+    metadata = {key: value for key, value in provenance.extra.items() if key not in _KEYS[kind] | _OPTIONAL}
     metadata |= {
         "format_version": FORMAT_VERSION,
         "kind": kind,
@@ -182,6 +184,7 @@ def _write(
         "count": str(provenance.count),
         "seed": str(provenance.seed),
         "host": provenance.host,
+        "latent_values": str(provenance.latent_values),
         **own,
     }
     # In the same folder, since a replacement is atomic only within one file system.
@@ -326,7 +329,8 @@ def _provenance(path: Path, kind: str, metadata: dict[str, str]) -> Provenance:
         count=_integer(metadata, "count", path),
         seed=_integer(metadata, "seed", path),
         host=metadata["host"],
-        extra={key: value for key, value in metadata.items() if key not in _KEYS[kind]},
+        latent_values=_integer(metadata, "latent_values", path) if "latent_values" in metadata else 0,
+        extra={key: value for key, value in metadata.items() if key not in _KEYS[kind] | _OPTIONAL},
     )
 
 

@@ -189,7 +189,11 @@ def collect(
         sources=pairs[:, 0],
         targets=pairs[:, 1],
         provenance=provenance.with_(
-            token_norm=float(rows.float().norm(dim=-1).mean()), sigma=(float(sigma),), count=count, seed=seed
+            token_norm=float(rows.float().norm(dim=-1).mean()),
+            sigma=(float(sigma),),
+            count=count,
+            seed=seed,
+            latent_values=realizations[0].numel(),
         ),
         response=torch.cat(responses) if responses else torch.empty(0, *rows.shape),
     )

@@ -19,6 +19,7 @@ class Provenance:
         sigma: noise levels the gradients were taken at, in the model's own units.
         count: number of gradients.
         seed: the seed of the collection.
+        latent_values: numbers in one realization's latent, the n of the gradients' scale; 0 if not known.
         host: host version, such as "ComfyUI 0.3.75".
         extra: further metadata, kept as it came through a save and a load.
     """
@@ -32,6 +33,7 @@ class Provenance:
     sigma: tuple[float, ...] = ()
     count: int = 0
     seed: int = 0
+    latent_values: int = 0
     host: str = ""
     extra: dict[str, str] = field(default_factory=dict)
 

@@ -12,9 +12,12 @@ strongly the model answers to it, twice, and one loud factor leaks into all comp
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import torch
+from sklearn.decomposition import FastICA
+from sklearn.exceptions import ConvergenceWarning
 
 from .directions import Directions, fix_signs
 from .errors import ElrondError
@@ -26,7 +29,13 @@ _RIDGES = torch.logspace(-6, 1, 57, dtype=torch.float64)
 
 
 def fit_response(
-    gradients: Gradients, *, significance: float = 1.0, limit: int = 64, ridge: float | None = None
+    gradients: Gradients,
+    *,
+    significance: float = 1.0,
+    limit: int = 64,
+    ridge: float | None = None,
+    rotate: bool = False,
+    seed: int = 0,
 ) -> tuple[Directions, Spectrum]:
     """Solve C v = λ (M + ridge · mean(diag M) · I) v; the steering directions are the v themselves.
 
@@ -36,15 +45,22 @@ def fit_response(
     unevenly. The ridge is what makes v affordable: a movement that hardly changes anything would need a strength
     beyond the linear regime. As the ridge grows the directions become those of PCA.
 
+    Principal components of the images still mix factors of about equal variance, such as x and y. Factors vary
+    independently, which principal components do not ask for: a rotation does, by independent component analysis
+    (FastICA, Hyvärinen, 1999) of the gradients' coordinates along the components kept.
+
     Args:
         gradients: gradients with their response, collected at the same points.
         significance: keep components of λ above this many units of latent variance. Models' latents are scaled to a
             variance of about 1 a value, so that λ = 1 is what a single latent value varies by.
         limit: keep at most this many.
-        ridge: as a share of the mean response; chosen by `choose_ridge` if None.
+        ridge: as a share of the mean response; chosen by `affordable_ridge` if None.
+        rotate: turn the components kept so that they vary independently.
+        seed: fixes the rotation.
 
     Returns:
-        Directions (K, R, d) of unit norm, best first, K ≥ 1, λ as scores; and the spectrum of all λ, with the ridge.
+        Directions (K, R, d) of unit norm, best first, K ≥ 1, with scores: λ, or after a rotation the latent variance
+        that each explains; and the spectrum of all λ, with the ridge.
 
     Raises:
         ElrondError: if the response was not collected, there are fewer than two gradients or responses, one is not
@@ -53,21 +69,16 @@ def fit_response(
     check_options(significance, limit)
     if ridge is not None and not ridge > 0:
         raise ElrondError(f"The ridge must be above zero, got {ridge}.")
-    response = gradients.response.flatten(1).double()
-    if not len(response):
-        raise ElrondError("These gradients came without the model's response; collect them again with it.")
-    if len(response) < 2:
-        raise ElrondError("A response needs at least 2 samples, got 1.")
-    if not torch.isfinite(response).all():
-        raise ElrondError("The response is not finite (NaN or infinity); collect the gradients again.")
+    response = _checked_response(gradients)
     require_finite(gradients.flat)
-    ridge = choose_ridge(response) if ridge is None else ridge
     metric = response.T @ response / len(response)
     size = len(metric)
     mean_response = float(metric.diagonal().mean())
-    covariance = Moments.of(gradients).covariance()
+    moments = Moments.of(gradients)
+    covariance = moments.covariance()
     if mean_response == 0 or not covariance.any():
         raise ElrondError("All gradients or all responses are the same, so there is nothing to decompose.")
+    ridge = affordable_ridge(gradients) if ridge is None else ridge
     metric.diagonal().add_(ridge * mean_response)
 
     factor = torch.linalg.cholesky(metric)
@@ -80,15 +91,68 @@ def fit_response(
         ridge=ridge,
     )
     moves = torch.linalg.solve_triangular(factor.T, vectors[:, : spectrum.kept], upper=True)
+    scores = eigenvalues[: spectrum.kept]
+    if rotate and spectrum.kept > 1:
+        deviations = scores.sqrt()
+        turn = _independent((gradients.flat.double() - moments.mean) @ moves / deviations, seed)
+        moves, scores = moves * deviations @ turn.T, turn.square() @ scores
+        order = scores.argsort(descending=True)
+        moves, scores = moves[:, order], scores[order]
     moves = (moves / moves.norm(dim=0)).T.reshape(-1, *gradients.vectors.shape[1:]).float()
+    method = {"name": "response", "significance": f"{significance:g}", "ridge": f"{ridge:.3g}", "limit": str(limit)}
     directions = Directions(
         vectors=fix_signs(moves),
-        scores=eigenvalues[: spectrum.kept].float(),
-        method={"name": "response", "significance": f"{significance:g}", "ridge": f"{ridge:.3g}", "limit": str(limit)},
+        scores=scores.float(),
+        method={**method, "rotated": str(rotate).lower()},
         provenance=gradients.provenance,
         score_name=spectrum.name,
     )
     return directions, spectrum
+
+
+def _checked_response(gradients: Gradients) -> torch.Tensor:
+    """The response as float64 (M, R·d)."""
+    response = gradients.response.flatten(1).double()
+    if not len(response):
+        raise ElrondError("These gradients came without the model's response; collect them again with it.")
+    if len(response) < 2:
+        raise ElrondError("A response needs at least 2 samples, got 1.")
+    if not torch.isfinite(response).all():
+        raise ElrondError("The response is not finite (NaN or infinity); collect the gradients again.")
+    return response
+
+
+def _independent(white: torch.Tensor, seed: int) -> torch.Tensor:
+    """The rotation (K, K), float64, that makes uncorrelated coordinates (N, K) of unit variance independent."""
+    analysis = FastICA(whiten=False, random_state=seed % 2**32, max_iter=1000, tol=1e-4)
+    with warnings.catch_warnings():
+        # Where coordinates are Gaussian any rotation is as good, and the search does not settle.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        analysis.fit(white.numpy())
+    # Orthogonal to rounding only, and scores are sums over its squares.
+    left, _, right = torch.linalg.svd(torch.from_numpy(analysis.components_))
+    return left @ right
+
+
+def affordable_ridge(gradients: Gradients) -> float:
+    """The ridge that leaves out what a token norm does not change.
+
+    A movement of one token norm that changes the image by less than one latent value's own variation could steer
+    nothing, so the ridge is the response of such a movement: 4 / (n² norm²) on the gradients' scale. Below the error
+    of the response itself (`choose_ridge`) it would only fit noise, and is not lowered further.
+
+    Returns:
+        The ridge as a share of the mean response; `choose_ridge` alone where n or the norm is not known.
+
+    Raises:
+        ElrondError: if the response was not collected or is not finite.
+    """
+    response = _checked_response(gradients)
+    likely = choose_ridge(response)
+    values, norm = gradients.provenance.latent_values, gradients.provenance.token_norm
+    if not values or not norm:
+        return likely
+    return max(likely, 4 / (values * norm) ** 2 / float(response.square().mean()))
 
 
 def choose_ridge(response: torch.Tensor) -> float:

@@ -24,9 +24,6 @@ _SIGNIFICANCE = io.Float.Input(
     step=0.1,
     tooltip="Keep components that explain more than so many times the average; 2.5 in the paper.",
 )
-# The ridge that held-out responses favour is far smaller, and gives movements to which the model hardly answers: on the
-# demo teacher they change nothing within a token norm, while with this one they do.
-_STEERING_RIDGE = 3.0
 _LIMIT = io.Int.Input("most", default=64, min=1, max=4096, tooltip="Keep no more directions than this.")
 
 
@@ -91,6 +88,12 @@ class FitResponse(io.ComfyNode):
                     "the variance of one latent value.",
                 ),
                 _LIMIT,
+                io.Boolean.Input(
+                    "rotate",
+                    default=True,
+                    tooltip="Turn the movements kept so that they vary independently of one another (ICA): tells apart "
+                    "factors that vary about equally much, such as left-right and up-down.",
+                ),
             ],
             outputs=[
                 DirectionsIO.Output(display_name="directions", tooltip="Unit directions, the strongest first."),
@@ -99,9 +102,9 @@ class FitResponse(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, gradients: Gradients, significance: float, most: int) -> io.NodeOutput:
+    def execute(cls, gradients: Gradients, significance: float, most: int, rotate: bool = True) -> io.NodeOutput:
         """Fit and plot."""
-        directions, spectrum = fit_response(gradients, significance=significance, limit=most, ridge=_STEERING_RIDGE)
+        directions, spectrum = fit_response(gradients, significance=significance, limit=most, rotate=rotate)
         return io.NodeOutput(directions, image(plots.scree(spectrum)))
 
 

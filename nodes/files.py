@@ -33,7 +33,9 @@ def _find(kind: str, name: str) -> Path:
         if path.is_file():
             return path
     have = ", ".join(_listed(kind)) or "none yet"
-    raise ElrondError(f"There is no {kind} file {name!r} in models/elrond or output/elrond; there are: {have}.")
+    raise ElrondError(
+        f"There is no {kind} file {name!r} in models/elrond/{kind} or output/elrond/{kind}; there are: {have}."
+    )
 
 
 def _save(kind: str, name: str, overwrite: bool, write: Callable[[Path], None]) -> str:
@@ -54,6 +56,15 @@ def _fingerprint(kind: str, name: str) -> str:
     except ElrondError:
         return "missing"
     return f"{status.st_mtime_ns}/{status.st_size}"
+
+
+def _good_name(kind: str, name: str | None) -> bool | str:
+    """True, or why a file cannot be saved under this name; None is a name that is wired and not known yet."""
+    try:
+        files.safe_path(host.output_folder() / kind, name if name is not None else "wired", SUFFIX)
+    except ElrondError as error:
+        return str(error)
+    return True
 
 
 def _name_input(what: str) -> io.String.Input:
@@ -89,6 +100,11 @@ class SaveDirections(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, name: str | None) -> bool | str:
+        """Refuse a bad name before anything is computed for it."""
+        return _good_name("directions", name)
+
+    @classmethod
     def execute(cls, directions: Directions, name: str, overwrite: bool) -> io.NodeOutput:
         """Save."""
         saved = _save("directions", name, overwrite, lambda path: files.save_directions(directions, path))
@@ -116,8 +132,10 @@ class LoadDirections(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, name: str) -> bool | str:
+    def validate_inputs(cls, name: str | None) -> bool | str:
         """Files that appeared after the node list was read are welcome; ones that are not there are named."""
+        if name is None:
+            return True
         try:
             _find("directions", name)
         except ElrondError as error:
@@ -170,6 +188,11 @@ class SaveGradients(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, name: str | None) -> bool | str:
+        """Refuse a bad name before anything is computed for it."""
+        return _good_name("gradients", name)
+
+    @classmethod
     def execute(cls, gradients: Gradients, name: str, overwrite: bool) -> io.NodeOutput:
         """Save."""
         saved = _save("gradients", name, overwrite, lambda path: files.save_gradients(gradients, path))
@@ -194,8 +217,10 @@ class LoadGradients(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, name: str) -> bool | str:
+    def validate_inputs(cls, name: str | None) -> bool | str:
         """Files that appeared after the node list was read are welcome; ones that are not there are named."""
+        if name is None:
+            return True
         try:
             _find("gradients", name)
         except ElrondError as error:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..elrond_core.errors import ElrondError
 from . import host
 from .types import seed_input
 
@@ -72,6 +73,10 @@ class SampleRealizations(io.ComfyNode):
         negative: Any = None,
     ) -> io.NodeOutput:
         """Sample batch by batch."""
+        # Said now, not by Collect Gradients after all images are made.
+        host.marked(positive)
+        if negative is None and cfg not in (0.0, 1.0):
+            raise ElrondError(f"A cfg of {cfg} needs a negative prompt: connect one, or set cfg to 1.")
         update = host.progress(count)
         done = []
         for first in range(0, count, batch_size):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -39,16 +38,8 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def pack(host: ModuleType) -> ModuleType:
-    """The repository imported as the host imports it, as a package: its parts are `comfyui_elrond.nodes` and so on."""
-    if "comfyui_elrond" in sys.modules:
-        return sys.modules["comfyui_elrond"]
-    spec = importlib.util.spec_from_file_location(
-        "comfyui_elrond", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["comfyui_elrond"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The repository imported as the host imports it."""
+    return host.pack()
 
 
 @pytest.fixture(scope="session")

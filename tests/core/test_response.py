@@ -1,5 +1,7 @@
 """Response-normalised directions on a linear model x̂0 = J c, where everything has a closed form."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from elrond_core.errors import ElrondError
 from elrond_core.gradients import Gradients, collect
 from elrond_core.pca import fit_pca
 from elrond_core.provenance import Provenance
-from elrond_core.response import choose_ridge, fit_response
+from elrond_core.response import affordable_ridge, choose_ridge, fit_response
 from elrond_core.subspace import orthonormal, principal_angles
 
 WIDTH, LATENTS = 8, 60
@@ -72,6 +74,43 @@ def test_the_vector_steers_and_its_dual_does_not(gradients: Gradients) -> None:
     dual = directions.vectors.flatten(1) @ Linear().jacobian.T @ Linear().jacobian
     assert movement(dual).diagonal().min() < 0.9
     assert movement(fit_pca(gradients, significance=0, limit=4)[0].vectors).diagonal().min() < 0.9
+
+
+@pytest.fixture(scope="module")
+def equals() -> Gradients:
+    """Gradients of four factors that vary equally much, each uniformly and by itself."""
+    model = Linear()
+    values = torch.rand(3000, 4, generator=torch.Generator().manual_seed(5)) - 0.5
+    realizations = values * 48**0.5 @ model.factors.T
+    return collect(model, realizations, Provenance("linear"), 4000, 1.0, 0, 500, response=True)
+
+
+def test_a_rotation_tells_factors_of_equal_variance_apart(equals: Gradients) -> None:
+    mixed = movement(fit_response(equals, limit=4)[0].vectors)
+    directions, _ = fit_response(equals, limit=4, rotate=True)
+    apart = movement(directions.vectors)
+    assert mixed.amax(1).min() < 0.95
+    assert apart.amax(1).min() > 0.99 and sorted(apart.argmax(1).tolist()) == [0, 1, 2, 3]
+    assert directions.scores.tolist() == pytest.approx([4.0] * 4, rel=0.1)
+
+
+def test_a_rotation_spans_the_same_and_repeats(equals: Gradients) -> None:
+    first, again = (fit_response(equals, limit=4, rotate=True, seed=7)[0] for _ in range(2))
+    plain = fit_response(equals, limit=4)[0]
+    assert torch.equal(first.vectors, again.vectors)
+    assert principal_angles(orthonormal(first.vectors), orthonormal(plain.vectors)).max() < 0.01
+    assert first.scores.sum() == pytest.approx(float(plain.scores.sum()), rel=1e-5)
+
+
+def test_what_a_token_norm_does_not_change_is_left_out(equals: Gradients) -> None:
+    """The ridge is the response of a movement that changes the image by one latent value's variation in all."""
+    for norm in (0.5, 4.0):
+        provenance = equals.provenance.with_(token_norm=norm)
+        ridge = affordable_ridge(replace(equals, provenance=provenance))
+        mean = float(Linear().jacobian.square().sum()) / WIDTH
+        assert ridge == pytest.approx(1 / norm**2 / mean, rel=0.1)
+    unknown = replace(equals, provenance=equals.provenance.with_(latent_values=0))
+    assert affordable_ridge(unknown) == choose_ridge(equals.response.flatten(1).double())
 
 
 def test_a_large_ridge_is_pca(gradients: Gradients) -> None:

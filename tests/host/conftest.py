@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from demo import host  # noqa: F401  (puts ComfyUI on the path)
+from demo import host  # puts ComfyUI on the path
 
 # Test modules here import the host and the pack when they are collected, before any fixture runs.
-_ROOT = Path(__file__).resolve().parents[2]
-_SPEC = importlib.util.spec_from_file_location(
-    "comfyui_elrond", _ROOT / "__init__.py", submodule_search_locations=[str(_ROOT)]
-)
-assert _SPEC is not None and _SPEC.loader is not None
-if "comfyui_elrond" not in sys.modules:
-    sys.modules["comfyui_elrond"] = importlib.util.module_from_spec(_SPEC)
-    _SPEC.loader.exec_module(sys.modules["comfyui_elrond"])
+host.pack()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,176 @@
+"""What the methods make of the demo's concepts, whose factors are known.
+
+    python -m bench.concepts directions       purity and coverage of each method's leading directions, on the teacher
+    python -m bench.concepts complexity       every concept's estimated dimension beside its number of open factors
+
+Collections are kept in bench/results/collections (not in the repository); figures go to bench/results/estimators.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from demo import host
+
+# isort: split
+import torch
+from scipy.stats import spearmanr
+
+from demo.captions import NOUNS, compose, open_factors
+from demo.evaluate import Demo
+from demo.model import LATENT_CHANNELS
+from demo.world import CONTINUOUS, measure
+
+PACK = host.pack()
+from comfyui_elrond.elrond_core import files  # noqa: E402
+from comfyui_elrond.elrond_core.gradients import Gradients  # noqa: E402
+from comfyui_elrond.elrond_core.lid import estimate_lid  # noqa: E402
+from comfyui_elrond.elrond_core.pca import fit_pca  # noqa: E402
+from comfyui_elrond.elrond_core.response import fit_response  # noqa: E402
+from comfyui_elrond.elrond_core.sae import train_sae  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+COLLECTIONS = RESULTS / "collections"
+REALIZATIONS, GRADIENTS = 256, 2048
+LEADING = 6
+SEEDS = 12
+STRENGTHS = np.linspace(-1, 1, 9)
+# Standard deviation of a uniform number; and how often two of three equally likely shapes differ.
+SPREAD, DIFFERENT = 12**-0.5, 2 / 3
+
+
+def collection(model: str, noun: str) -> Gradients:
+    """Gradients of "a <noun>" with their response, by the nodes themselves; kept once made."""
+    path = COLLECTIONS / f"{model} {noun}.safetensors"
+    if path.is_file():
+        return files.load_gradients(path)
+    nodes = {node.define_schema().node_id: node for node in PACK.NODES}
+    demo = Demo.load(model)
+    with torch.inference_mode():
+        positive = nodes["ElrondEncodeConcept"].execute(demo.clip, f"a [{noun}]", "", 1).args[0]
+        realizations = (
+            nodes["ElrondSampleRealizations"]
+            .execute(demo.model, positive, 64, 64, REALIZATIONS, 64, 0, demo.steps, demo.cfg, "euler", "simple")
+            .args[0]
+        )
+        gradients = (
+            nodes["ElrondCollectGradients"]
+            .execute(demo.model, positive, realizations, GRADIENTS, 1.0, 64, 0, True)
+            .args[0]
+        )
+    files.save_gradients(gradients, path)
+    return gradients
+
+
+def movements(demo: Demo, noun: str, vectors: torch.Tensor) -> list[dict[str, Any]]:
+    """What each direction (K, d) does to the factors of the concept's images, within one token norm.
+
+    Returns:
+        per direction `rho`: rank correlation of strength and factor within each held-out seed, averaged; `moved`:
+        mean distance between the two ends, in units of the factor's spread; and the share of `valid` images.
+    """
+    text = compose(noun, []).text
+    rows = demo.encode(text)[0]
+    place = len(text.split())
+    length = rows[place].norm()
+    conditioning = rows.repeat(len(vectors), len(STRENGTHS), SEEDS, 1, 1)
+    moves = torch.nn.functional.normalize(vectors, dim=1)[:, None, :] * torch.tensor(STRENGTHS)[None, :, None].float()
+    conditioning[..., place, :] += (length * moves)[:, :, None]
+    noise = torch.randn(SEEDS, LATENT_CHANNELS, 8, 8, generator=torch.Generator().manual_seed(7001))
+    images = demo.sample(conditioning.flatten(0, 2), 0, noise.repeat(len(vectors) * len(STRENGTHS), 1, 1, 1))
+    seen = measure(images)
+    shape = (len(vectors), len(STRENGTHS), SEEDS)
+    values = {name: seen.factors[name].reshape(shape).numpy() for name in seen.factors}
+    out = []
+    for k in range(len(vectors)):
+        rho = {
+            name: float(np.mean([np.nan_to_num(spearmanr(STRENGTHS, values[name][k, :, i])[0]) for i in range(SEEDS)]))
+            for name in CONTINUOUS
+        }
+        moved = {name: float(np.abs(values[name][k, -1] - values[name][k, 0]).mean() / SPREAD) for name in CONTINUOUS}
+        moved["shape"] = float((values["shape"][k, -1] != values["shape"][k, 0]).mean() / DIFFERENT)
+        out.append({"rho": rho, "moved": moved, "valid": float(seen.valid.reshape(shape)[k].float().mean())})
+    return out
+
+
+def purity(row: dict[str, Any]) -> float:
+    """The share of a direction's movement that goes to its main factor."""
+    moved = list(row["moved"].values())
+    return max(moved) / max(sum(moved), 1e-9)
+
+
+def coverage(table: list[dict[str, Any]]) -> int:
+    """How many continuous factors some direction moves with |ρ| of at least 0.8."""
+    return sum(any(abs(row["rho"][name]) >= 0.8 for row in table) for name in CONTINUOUS)
+
+
+def directions() -> dict[str, Any]:
+    """Purity and coverage of the leading six directions of each method."""
+    demo, gradients = Demo.load("teacher"), collection("teacher", "thing")
+    methods = {
+        "pca": lambda: fit_pca(gradients, significance=0, limit=LEADING)[0].vectors,
+        "response": lambda: fit_response(gradients, significance=0, limit=LEADING)[0].vectors,
+        "response_rotated": lambda: fit_response(gradients, significance=0, limit=LEADING, rotate=True)[0].vectors,
+        "sae": lambda: train_sae(gradients)[0].vectors[:LEADING],
+        "random": lambda: torch.randn(LEADING, gradients.flat.shape[1], generator=torch.Generator().manual_seed(0)),
+    }
+    figures: dict[str, Any] = {"purity": {}, "coverage": {}, "purity_by_direction": {}}
+    for name, fit in methods.items():
+        table = movements(demo, "thing", fit().flatten(1))
+        figures["purity"][name] = float(np.mean([purity(row) for row in table]))
+        figures["coverage"][name] = coverage(table)
+        figures["purity_by_direction"][name] = table
+        print(f"{name}: purity {figures['purity'][name]:.2f}, coverage {figures['coverage'][name]} of 5")
+        for row in table:
+            rho = "  ".join(f"{key} {value:+.2f} ({row['moved'][key]:.2f})" for key, value in row["rho"].items())
+            print(f"  {rho}  shape ({row['moved']['shape']:.2f})  valid {row['valid']:.2f}")
+    return figures
+
+
+def complexity() -> dict[str, Any]:
+    """Rank correlation of every estimate with the true number of open factors, on both models."""
+    truth = [len(open_factors(noun)) for noun in NOUNS]
+    figures: dict[str, Any] = {}
+    for model in ("teacher", "student"):
+        reports = [estimate_lid(collection(model, noun)) for noun in NOUNS]
+        ours = [float(report.dimension) for report in reports]
+        published = {
+            "share": [report.ratio for report in reports],
+            "gap": [report.gap for report in reports],
+            "95": [report.variance95 for report in reports],
+            "noise_floor": [report.estimate for report in reports],
+        }
+        end = "" if model == "teacher" else "_student"
+        figures[f"lid_spearman_demo{end}"] = _rank_correlation(truth, ours)
+        figures[f"lid_spearman_demo_published{end}"] = {
+            name: _rank_correlation(truth, values) for name, values in published.items()
+        }
+        figures[f"lid_demo{end}"] = {
+            noun: {"true": true, "estimate": value} for noun, true, value in zip(NOUNS, truth, ours, strict=True)
+        }
+    return figures
+
+
+def _rank_correlation(a: list[float], b: list[float]) -> float | None:
+    """Spearman's, or None where one does not vary at all."""
+    return float(spearmanr(a, b)[0]) if len(set(b)) > 1 else None
+
+
+def main() -> None:
+    """Run a part and keep its figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("directions", "complexity"))
+    found = {"directions": directions, "complexity": complexity}[parser.parse_args().part]()
+    path = RESULTS / "estimators.json"
+    figures = {**(json.loads(path.read_text()) if path.is_file() else {}), **found}
+    path.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")
+    print(json.dumps({k: v for k, v in found.items() if k != "purity_by_direction"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

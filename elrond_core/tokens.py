@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from .errors import ElrondError
 
-
 # Written without spaces between words, so that a word's neighbours may be letters too.
 _UNSPACED = re.compile(r"[\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff]")
 

@@ -32,7 +32,8 @@ class EncodeConcept(io.ComfyNode):
                 io.String.Input(
                     "concept",
                     default="",
-                    tooltip="The concept word, or several words that stand together. Empty: what is in [brackets].",
+                    tooltip="The concept word, several words that stand together, or embedding:name. "
+                    "Empty: what is in [brackets].",
                 ),
                 io.Int.Input(
                     "occurrence",

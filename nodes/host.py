@@ -12,19 +12,27 @@ change. Facts about the host that shape it:
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import re
 import sys
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import comfy.ldm.modules.attention
 import comfy.model_management
+import comfy.ops
 import comfy.sample
 import comfy.samplers
+import comfy.text_encoders.sd3_clip
 import comfy.utils
 import folder_paths
 import latent_preview
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.seeding import generator, normal
@@ -46,43 +54,104 @@ Conditioning = list[list[Any]]
 
 def family_of(clip: Any) -> str:
     """The model family as its text encoder names it: "SDXL", "Flux", "Demo"."""
-    name = type(clip.cond_stage_model).__name__
-    for suffix in ("ClipModel", "TEModel_", "TEModel", "TextEncoder", "Model"):
+    kind = type(clip.cond_stage_model)
+    # This one is derived from Qwen-Image's within a function, and has its name.
+    if kind.__module__.endswith(".hunyuan_image"):
+        return "HunyuanImage"
+    name = kind.__name__.rstrip("_")
+    for suffix in ("ClipModel", "TEModel", "TextEncoder", "Model"):
         if name.endswith(suffix) and name != suffix:
-            return name.removesuffix(suffix).rstrip("_")
+            return name.removesuffix(suffix)
     return name
+
+
+# Where several text encoders read the prompt, the first of these makes the rows; others are pooled, or conditionings
+# of their own. Those of SDXL are side by side.
+_ROWS = ("t5xxl", "hydit_clip", "llama", "qwen25_7b", "g", "l")
 
 
 def pieces_of(clip: Any, prompt: str) -> tuple[list[Piece], int]:
     """A prompt's tokens with their place in the token sequence, and the length of that sequence.
 
-    Where a model has several text encoders, their rows are either side by side (SDXL: same places) or the widest one
-    alone makes the rows (Flux: T5), so the encoder with the longest sequence is read.
+    Without the words that an encoder's chat template puts around the prompt: a concept is never found there.
     """
     streams = clip.tokenize(prompt, return_word_ids=True)
-    name = max(streams, key=lambda key: sum(len(chunk) for chunk in streams[key]))
-    tokenizer = _tokenizer(clip.tokenizer, name)
-    pieces, start = [], 0
-    for chunk in streams[name]:
-        ids: list[int] = []
-        text = ""
-        for place, (token, _, word) in enumerate(chunk):
-            if word == 0 or torch.is_tensor(token) or not isinstance(token, int):
-                continue
-            # Tokens are decoded together with those before them: byte pieces make no sense alone.
+    encoder = clip.cond_stage_model
+    if isinstance(encoder, comfy.text_encoders.sd3_clip.SD3ClipModel):
+        # Its CLIP rows, those of L and G side by side, come before its T5 rows; each may be missing.
+        names = ["g" if encoder.clip_l is None else "l"] if encoder.clip_l or encoder.clip_g else []
+        names += ["t5xxl"] if encoder.t5xxl is not None else []
+    else:
+        names = [next((name for name in _ROWS if name in streams), next(iter(streams)))]
+    pieces, length = [], 0
+    for stream, name in enumerate(names):
+        pieces += _pieces(clip, name, streams[name], prompt, stream, length)
+        length += sum(len(chunk) for chunk in streams[name])
+    return pieces, length
+
+
+def _pieces(clip: Any, name: str, chunks: Any, prompt: str, stream: int, start: int) -> list[Piece]:
+    decode = _decoder(clip.tokenizer, name)
+    names = re.findall(r"embedding:[^\s():,]+", prompt)
+    inversions = {word for token, word, _ in _words(chunks) if not isinstance(token, int)}
+    # The host leaves out those it does not find, and then there is no telling which is which.
+    named = iter(names if len(names) == len(inversions) else [])
+    found: list[Piece] = []
+    ids: list[int] = []
+    text, waiting, last = "", 0, None
+    for token, word, place in _words(chunks):
+        if not isinstance(token, int):
+            # A vector of a textual inversion; those of one inversion belong to one word.
+            found.append(Piece(f" {next(named, '')} " if word != last else "", start + place, stream))
+        else:
             ids.append(token)
-            longer = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-            pieces.append(Piece(longer[len(text) :] or "", start + place))
+            # Tokens are decoded together with those before them: byte pieces make no sense alone.
+            longer = decode(ids)
+            if longer.endswith("\ufffd"):
+                longer = text
+                waiting += 1
+            found.append(Piece(longer[len(text) :], start + place, stream))
+            if longer != text and waiting:
+                # A letter of several tokens starts at the first of them.
+                first = len(found) - 1 - waiting
+                found[first], found[-1] = replace(found[first], text=found[-1].text), replace(found[-1], text="")
+                waiting = 0
             text = longer
-        start += len(chunk)
-    return pieces, start
+        last = word
+    leading, trailing = _template(clip, name, chunks)
+    return found[leading : len(found) - trailing]
 
 
-def _tokenizer(wrapper: Any, name: str) -> Any:
+def _words(chunks: Any) -> Iterator[tuple[Any, int, int]]:
+    """Token, word and place of all tokens but the start, end and padding ones."""
+    place = 0
+    for chunk in chunks:
+        for token, _, word in chunk:
+            if word:
+                yield token, word, place
+            place += 1
+
+
+def _template(clip: Any, name: str, chunks: Any) -> tuple[int, int]:
+    """How many tokens a chat template puts before and after the prompt: what two different prompts have in common."""
+    one, other, mine = (
+        [token for token, _, _ in _words(c)]
+        for c in (*(clip.tokenize(probe, return_word_ids=True)[name] for probe in ("dog", "cat")), chunks)
+    )
+    leading = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
+    trailing = next((i for i, (a, b) in enumerate(zip(one[::-1], other[::-1], strict=False)) if a != b), 0)
+    # A prompt that brings a template of its own is taken as it is.
+    return (leading, trailing) if mine[:leading] == one[:leading] else (0, 0)
+
+
+def _decoder(wrapper: Any, name: str) -> Callable[[list[int]], str]:
     for candidate in (f"clip_{name}", name, getattr(wrapper, "clip", "")):
-        inner = getattr(wrapper, candidate, None) if candidate else None
-        if inner is not None and hasattr(inner, "tokenizer"):
-            return inner.tokenizer
+        tokenizer: Any = getattr(getattr(wrapper, candidate, None), "tokenizer", None) if candidate else None
+        if hasattr(tokenizer, "decode"):
+            return functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+        if tokenizer is not None:
+            # The host's wrapper of a SentencePiece model.
+            return tokenizer.tokenizer.decode
     raise ElrondError(f"ELROND does not know how this CLIP cuts text ({type(wrapper).__name__}).")
 
 
@@ -189,9 +258,15 @@ def scheduler_names() -> list[str]:
     return list(comfy.samplers.KSampler.SCHEDULERS)
 
 
+# Pixels a latent cell, for formats that do not say it themselves; 8 for all others.
+_CELLS = {"Flux2": 16, "HunyuanImage21": 32, "ChromaRadiance": 1}
+
+
 def empty_latent(model: Any, width: int, height: int, count: int) -> torch.Tensor:
     """Empty latents of the model's own shape."""
-    shape = torch.zeros(count, 4, height // 8, width // 8, device=comfy.model_management.intermediate_device())
+    form = model.get_model_object("latent_format")
+    cell = getattr(form, "spacial_downscale_ratio", None) or _CELLS.get(type(form).__name__, 8)
+    shape = torch.zeros(count, 4, height // cell, width // cell, device=comfy.model_management.intermediate_device())
     return comfy.sample.fix_empty_latent_channels(model, shape)
 
 
@@ -256,9 +331,8 @@ class HostDenoiser:
         self._guider = guider
         self._options = model_options
         self._seed = seed
-        positive = guider.conds["positive"]
-        self._place = next(i for i, entry in enumerate(positive) if MARK in entry)
-        entry = positive[self._place]
+        entry = next(entry for entry in guider.conds["positive"] if MARK in entry)
+        self._entry = entry
         self._encoded: torch.Tensor = entry["cross_attn"]
         self._index = torch.tensor(entry[MARK]["concepts"][0].rows)
         self.rows: torch.Tensor = self._encoded[0, self._index].float().cpu().clone()
@@ -275,19 +349,33 @@ class HostDenoiser:
         """Equation 2: what the sampler calls `denoised`, with the concept's rows replaced."""
         encoded = self._encoded[:1].to(rows).expand(len(rows), -1, -1)
         encoded = encoded.index_copy(1, self._index.to(rows.device), rows)
-        positive = list(self._guider.conds["positive"])
-        entry = {**positive[self._place], "cross_attn": encoded}
+        entry = {**self._entry, "cross_attn": encoded}
         # The model's own preparation of the conditioning (padding, projections) is part of what is differentiated.
-        positive[self._place] = comfy.samplers.encode_model_conds(
+        (entry,) = comfy.samplers.encode_model_conds(
             self._guider.inner_model.extra_conds, [entry], noisy, noisy.device, "positive"
-        )[0]
+        )
         before = self._guider.conds
-        self._guider.conds = {**before, "positive": positive}
+        self._guider.conds = {**before, "positive": [self._replaced(e, entry) for e in before["positive"]]}
         try:
             level = torch.full((len(noisy),), sigma, device=noisy.device)
-            return self._guider(noisy, level, model_options=self._options, seed=self._seed)
+            estimate = self._guider(noisy, level, model_options=self._options, seed=self._seed)
         finally:
             self._guider.conds = before
+        if torch.is_grad_enabled() and rows.requires_grad and not estimate.requires_grad:
+            raise ElrondError(
+                f"{_name(self._guider.inner_model)} cannot be differentiated at this noise level: its estimate does "
+                "not depend on the concept's rows."
+            )
+        return estimate
+
+    def _replaced(self, entry: dict[str, Any], marked: dict[str, Any]) -> dict[str, Any]:
+        if entry is self._entry:
+            return marked
+        # Where the negative has an area of its own, the host adds the positive once more for that area.
+        text = self._entry["model_conds"].get("c_crossattn")
+        if text is None or entry["model_conds"].get("c_crossattn") is not text:
+            return entry
+        return {**entry, "model_conds": {**entry["model_conds"], **marked["model_conds"]}}
 
 
 class _Visit(comfy.samplers.Sampler):
@@ -313,10 +401,111 @@ class _Visit(comfy.samplers.Sampler):
         for entries in model_wrap.conds.values():
             for entry in entries:
                 _normal_conditioning(entry)
-        with _frozen(model_wrap.inner_model):
-            denoiser = HostDenoiser(model_wrap, extra_args["model_options"], extra_args.get("seed", 0))
-            self.result = self.work(denoiser, latent_image)
+        options = extra_args["model_options"]
+        options.setdefault("transformer_options", {})["optimized_attention_override"] = _attention
+        with _frozen(model_wrap.inner_model), _exact(model_wrap.inner_model):
+            denoiser = HostDenoiser(model_wrap, options, extra_args.get("seed", 0))
+            try:
+                self.result = self._run(denoiser, latent_image)
+            except (RuntimeError, NotImplementedError) as error:
+                if not re.search(r"derivative for|autograd formula|implement either the backward", str(error)):
+                    raise
+                reason = str(error).splitlines()[0].rstrip(".")
+                name = _name(model_wrap.inner_model)
+                raise ElrondError(f"{name}, with its patches, cannot be differentiated: {reason}.") from error
         return latent_image
+
+    def _run(self, denoiser: HostDenoiser, latents: torch.Tensor) -> Any:
+        try:
+            return self.work(denoiser, latents)
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+        # Flux and its kin add to their hidden states in place. Only they pay for the remedy.
+        remedy = _SavedBeforeWriting()
+        with remedy, torch.autograd.graph.saved_tensors_hooks(remedy.pack, remedy.unpack):
+            return self.work(denoiser, latents)
+
+
+def _name(model: Any) -> str:
+    """The model family as the host's model class names it."""
+    return type(model.model_config).__name__
+
+
+# Their kernels return values without a graph, and the gradient through them would silently be lost.
+_INFERENCE_ONLY = ("attention_sage", "attention3_sage", "attention_flash")
+
+
+def _attention(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Stands in for patches of the attention kernel as well, because there is no telling which have a derivative."""
+    if function.__name__ in _INFERENCE_ONLY:
+        function = comfy.ldm.modules.attention.attention_pytorch
+    return function(*args, **kwargs)
+
+
+class _Saved:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+class _SavedBeforeWriting(TorchDispatchMode):
+    """Copies a tensor that was saved for the backward pass before the model overwrites its memory in place.
+
+    `torch.autograd.graph.allow_mutation_on_saved_tensors` does the same by address, and misses a saved part of a
+    larger tensor when the whole is overwritten; here what counts is the memory they share.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._saved: dict[int, weakref.WeakSet[_Saved]] = {}
+        self._written: dict[Any, list[tuple[int, str]]] = {}
+
+    def pack(self, tensor: torch.Tensor) -> _Saved:
+        """What autograd keeps instead of the tensor."""
+        saved = _Saved(tensor)
+        self._saved.setdefault(tensor.untyped_storage().data_ptr(), weakref.WeakSet()).add(saved)
+        return saved
+
+    def unpack(self, saved: _Saved) -> torch.Tensor:
+        """The tensor as it was."""
+        return saved.tensor
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in self._written:
+            self._written[func] = [
+                (place, argument.name)
+                for place, argument in enumerate(func._schema.arguments)
+                if argument.alias_info is not None and argument.alias_info.is_write
+            ]
+        for place, name in self._written[func]:
+            written = args[place] if place < len(args) else kwargs.get(name)
+            for tensor in written if isinstance(written, (list, tuple)) else [written]:
+                if isinstance(tensor, torch.Tensor):
+                    for saved in self._saved.pop(tensor.untyped_storage().data_ptr(), ()):
+                        saved.tensor = saved.tensor.clone()
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _exact(module: torch.nn.Module) -> Iterator[None]:
+    """Layers that multiply in 8 bits have no derivative; for the time being they multiply in the model's precision."""
+    linear = getattr(comfy.ops, "fp8_linear", None)
+    quantised: list[Any] = [part for part in module.modules() if getattr(part, "_full_precision_mm", True) is False]
+    try:
+        if linear is not None:
+            # The host takes "no result" for "not in 8 bits".
+            comfy.ops.fp8_linear = lambda layer, tensor: None
+        for part in quantised:
+            part._full_precision_mm = True
+        yield
+    finally:
+        if linear is not None:
+            comfy.ops.fp8_linear = linear
+        for part in quantised:
+            part._full_precision_mm = False
 
 
 def visit(

@@ -1,0 +1,327 @@
+"""The gradient on every model family the host has, and on models as users have them: patched, quantised, guided."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comfy.ops
+import comfy.quant_ops
+import comfy.sample
+import comfy.sd
+import pytest
+import torch
+from comfy_extras import nodes_model_advanced
+from comfyui_elrond.elrond_core.errors import ElrondError
+from comfyui_elrond.elrond_core.gradients import collect, gradient
+from comfyui_elrond.elrond_core.provenance import Provenance
+from comfyui_elrond.elrond_core.steering import steer
+from comfyui_elrond.nodes import host
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+# isort: split
+sys.path.append(str(Path(__file__).parent))
+
+import families
+from families import FAMILIES, Family, build, latents, prompt, random
+
+NAMED = {family.name: family for family in FAMILIES}
+SD, SDXL, FLUX = NAMED["SD 1.x"], NAMED["SDXL"], NAMED["Flux dev"]
+README = Path(__file__).parents[2] / "README.md"
+README_TABLE = "| family | ComfyUI's class | rows of a prompt |\n| --- | --- | --- |\n" + "".join(
+    f"| {family.name} | `{family.config}` | {family.encoder} |\n" for family in FAMILIES
+)
+
+
+def visit(family: Family, model: Any, positive: Any, work: Callable[..., Any], negative: Any = None) -> Any:
+    return host.visit(model, positive, negative, 3.0, latents(family), 0, work)
+
+
+def gradient_of(
+    family: Family, model: Any, positive: Any = None, negative: Any = None, level: float = 1.0
+) -> torch.Tensor:
+    """(R, d): one gradient."""
+
+    def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> torch.Tensor:
+        noise = random(*realizations[:1].shape, seed=5)
+        sigma = host.sigma_of(model, level)
+        return gradient(denoiser, realizations[:1], realizations[1:], noise, sigma)[0][0]
+
+    return visit(family, model, positive or prompt(family), work, negative)
+
+
+def error_of(family: Family, model: Any, positive: Any = None, negative: Any = None) -> float:
+    """The largest relative difference between the gradient and central finite differences, along two directions."""
+    vector = gradient_of(family, model, positive, negative)
+    assert vector.norm() > 1e-4
+
+    def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> float:
+        sigma = host.sigma_of(model, 1.0)
+        noisy = denoiser.noised(realizations[:1], random(*realizations[:1].shape, seed=5), sigma)
+
+        def loss(rows: torch.Tensor) -> float:
+            return float(((denoiser.denoised(noisy, sigma, rows[None]) - realizations[1:]).double() ** 2).mean())
+
+        def slope(direction: torch.Tensor, step: float) -> float:
+            return (loss(denoiser.rows + step * direction) - loss(denoiser.rows - step * direction)) / (2 * step)
+
+        errors = []
+        for seed in range(2):
+            # Along a random direction the slope may happen to be near zero, so each is tilted towards the gradient.
+            direction = torch.nn.functional.normalize(random(*vector.shape, seed=seed), dim=None)
+            direction = direction + vector / vector.norm()
+            # Two steps cancel the error of second order: a step small enough without would drown in rounding.
+            found = (4 * slope(direction, 0.07) - slope(direction, 0.14)) / 3
+            errors.append(abs(found / float((vector * direction).sum()) - 1))
+        return max(errors)
+
+    return visit(family, model, positive or prompt(family), work, negative)
+
+
+def steered(positive: Any, change: torch.Tensor) -> Any:
+    return host.steer_conditioning(positive, lambda memory: (memory["concepts"][0].rows, change), 0.0, 1.0)
+
+
+def assert_view_is_the_sampler(family: Family, model: Any, positive: Any, negative: Any = None) -> None:
+    """Rows replaced in the differentiable view give what the host makes of a conditioning with these rows."""
+    change = random(1, len(families.CONCEPT.rows), families.WIDTH, seed=6)
+
+    def estimate(by: float) -> Callable[..., torch.Tensor]:
+        def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> torch.Tensor:
+            sigma = host.sigma_of(model, 1.0)
+            noisy = denoiser.noised(realizations[:1], random(*realizations[:1].shape, seed=5), sigma)
+            return denoiser.denoised(noisy, sigma, denoiser.rows + by * change)
+
+        return work
+
+    replaced = visit(family, model, positive, estimate(1.0), negative)
+    moved = [[steer(t, families.CONCEPT.rows, change) if host.MARK in o else t, o] for t, o in positive]
+    encoded = visit(family, model, moved, estimate(0.0), negative)
+    assert torch.equal(replaced, encoded)
+    assert not torch.equal(replaced, visit(family, model, positive, estimate(0.0), negative))
+
+
+def picture(family: Family, model: Any, positive: Any) -> torch.Tensor:
+    noise = random(1, *family.latent, seed=7)
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            model,
+            noise,
+            2,
+            1.0,
+            "euler",
+            "simple",
+            positive,
+            positive,
+            torch.zeros_like(noise),
+            disable_pbar=True,
+            seed=0,
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_family(family: Family, record_property: Callable[[str, object], None]) -> None:
+    with torch.inference_mode():
+        # As a loader node makes them, while the executor is in inference mode.
+        model, positive = build(family), prompt(family)
+    before = picture(family, model, positive)
+    error = error_of(family, model, positive)
+    record_property("relative error", error)
+    print(f"\n{family.name}: relative error {error:.1e}")
+    assert error < 1e-3
+    assert_view_is_the_sampler(family, model, positive)
+    change = random(len(families.CONCEPT.rows), families.WIDTH, seed=6)
+    assert torch.equal(picture(family, model, positive), before)
+    assert torch.equal(picture(family, model, steered(positive, 0 * change)), before)
+    assert not torch.equal(picture(family, model, steered(positive, change)), before)
+
+
+def test_readme_lists_the_families_proven_here() -> None:
+    assert README_TABLE in README.read_text(encoding="utf-8"), f"Put this table into README.md:\n{README_TABLE}"
+
+
+@pytest.mark.parametrize(
+    ("family", "patch"),
+    [
+        (SD, lambda model: nodes_model_advanced.ModelSamplingDiscrete().patch(model, "v_prediction", True)[0]),
+        (NAMED["SD 3 / 3.5"], lambda model: nodes_model_advanced.ModelSamplingSD3().patch(model, 5.0)[0]),
+        (FLUX, lambda model: nodes_model_advanced.ModelSamplingFlux().patch(model, 1.15, 0.5, 512, 512)[0]),
+    ],
+    ids=["Discrete", "SD3", "Flux"],
+)
+def test_model_sampling_patches(family: Family, patch: Callable[[Any], Any]) -> None:
+    plain = build(family)
+    patched = patch(plain)
+    assert error_of(family, patched) < 1e-3
+    # A flow's highest level is 1 whatever its shift.
+    assert not torch.allclose(gradient_of(family, patched, level=0.6), gradient_of(family, plain, level=0.6), rtol=0.1)
+
+
+def test_a_lora_counts_as_if_merged() -> None:
+    layer = "middle_block.1.transformer_blocks.0.attn2.to_v"
+    up, down = random(64, 4, seed=8), random(4, families.WIDTH, seed=9)
+    lora = {f"diffusion_model.{layer}.lora_up.weight": up, f"diffusion_model.{layer}.lora_down.weight": down}
+    plain = build(SD)
+    patched, _ = comfy.sd.load_lora_for_models(plain, None, lora, 0.5, 0.0)
+    found = gradient_of(SD, patched)
+    merged = build(SD)
+    merged.model.diffusion_model.get_submodule(layer).weight.data += 0.5 * up @ down
+    torch.testing.assert_close(found, gradient_of(SD, merged), rtol=1e-4, atol=1e-5)
+    base = gradient_of(SD, plain)
+    assert not torch.allclose(found, base, rtol=0.1)
+    assert torch.equal(base, gradient_of(SD, build(SD)))
+
+
+def rounded(family: Family, dtype: torch.dtype) -> Any:
+    """The family in float32 with weights that have been through `dtype`."""
+    model = build(family)
+    for weight in model.model.diffusion_model.parameters():
+        weight.data = weight.to(dtype).float()
+    return model
+
+
+@pytest.mark.parametrize("family", [SDXL, FLUX], ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    ("stored", "operations"),
+    [(torch.bfloat16, None), (torch.float8_e4m3fn, None), (torch.float8_e4m3fn, comfy.ops.fp8_ops)],
+    ids=["bf16", "fp8", "fp8 fast"],
+)
+def test_weights_stored_in_fewer_bits(family: Family, stored: torch.dtype, operations: Any) -> None:
+    kernel = comfy.ops.fp8_linear
+    found = gradient_of(family, build(family, stored, torch.float32, operations))
+    torch.testing.assert_close(found, gradient_of(family, rounded(family, stored)), rtol=1e-4, atol=1e-5)
+    assert comfy.ops.fp8_linear is kernel
+
+
+def test_quantised_layers_count_in_full_precision() -> None:
+    def cut(model: Any) -> Any:
+        return {k: v.clone() for k, v in model.model.diffusion_model.state_dict().items()}
+
+    layer = "middle_block.1.transformer_blocks.0.attn2.to_v"
+    weights = cut(build(SD))
+    scale = weights[f"{layer}.weight"].abs().amax() / 448
+    quantised = (weights[f"{layer}.weight"] / scale).to(torch.float8_e4m3fn)
+    merged = build(SD)
+    merged.model.diffusion_model.get_submodule(layer).weight.data = quantised.float() * scale
+    operations = comfy.ops.mixed_precision_ops({layer: {"format": "float8_e4m3fn"}}, torch.float32)
+    # Its layers get their weights when a state dict is loaded.
+    model = build(SD, operations=operations)
+    model.model.diffusion_model.load_state_dict(
+        {**weights, f"{layer}.weight": quantised, f"{layer}.weight_scale": scale, f"{layer}.input_scale": scale}
+    )
+    for weight in model.model.diffusion_model.parameters():
+        weight.requires_grad_(False)
+    torch.testing.assert_close(gradient_of(SD, model), gradient_of(SD, merged), rtol=1e-4, atol=1e-4)
+    assert model.model.diffusion_model.get_submodule(layer)._full_precision_mm is False
+
+
+def test_a_patched_attention_kernel_does_not_lose_the_gradient() -> None:
+    model = build(SD)
+    expected = gradient_of(SD, model)
+
+    def kernel(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    patched = model.clone()
+    patched.model_options["transformer_options"]["optimized_attention_override"] = kernel
+    assert torch.equal(gradient_of(SD, patched), expected)
+    assert patched.model_options["transformer_options"]["optimized_attention_override"] is kernel
+
+
+class _OneWay(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone()
+
+
+def test_what_has_no_derivative_is_named() -> None:
+    one_way = build(SDXL).clone()
+    one_way.set_model_attn2_output_patch(lambda tensor, options: _OneWay.apply(tensor))
+    with pytest.raises(ElrondError, match=r"^SDXL, with its patches, cannot be differentiated: .*\.$"):
+        gradient_of(SDXL, one_way)
+    cut = build(SDXL).clone()
+    cut.set_model_attn2_output_patch(lambda tensor, options: tensor.detach())
+    with pytest.raises(ElrondError, match="SDXL cannot be differentiated"):
+        gradient_of(SDXL, cut)
+
+
+def test_guidance_and_a_negative() -> None:
+    negative = [[random(1, 9, families.WIDTH, seed=11), dict(SDXL.options)]]
+    assert error_of(SDXL, build(SDXL), negative=negative) < 1e-3
+    assert_view_is_the_sampler(SDXL, build(SDXL), prompt(SDXL), negative)
+
+
+AREA = {"area": (4, 8, 0, 0)}
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "negative"),
+    [
+        ({}, {}, None),
+        (AREA, {}, None),
+        ({"mask": (torch.arange(64.0) % 2).view(1, 8, 8), "mask_strength": 0.7}, {}, None),
+        ({"strength": 0.3}, {"strength": 0.6}, None),
+        ({}, None, AREA),
+    ],
+    ids=["two entries", "area", "mask", "strength", "area of the negative"],
+)
+def test_only_the_marked_entry_is_differentiated(mine: Any, other: Any, negative: Any) -> None:
+    model = build(SD)
+    entries = [[t, {**o, **mine}] for t, o in prompt(SD)]
+    if other is not None:
+        # First, so that a mix-up of entries shows.
+        entries.insert(0, [random(1, families.ROWS, families.WIDTH, seed=12), other])
+    against = None if negative is None else [[random(1, families.ROWS, families.WIDTH, seed=13), negative]]
+    assert error_of(SD, model, entries, against) < 1e-3
+    assert_view_is_the_sampler(SD, model, entries, against)
+
+
+def test_an_entry_beside_the_marked_one_halves_its_gradient() -> None:
+    ((tensor, options),) = prompt(SD)
+    beside = [[tensor, options], [tensor.clone(), {}]]
+    # Their mean is the estimate of the marked one alone, of which the marked one is half.
+    torch.testing.assert_close(gradient_of(SD, build(SD), beside), gradient_of(SD, build(SD)) / 2, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", [SD, FLUX], ids=lambda family: family.name)
+def test_two_collections_of_one_model(family: Family) -> None:
+    model = build(family)
+
+    def collected(seed: int) -> torch.Tensor:
+        def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> torch.Tensor:
+            sigma = host.sigma_of(model, 1.0)
+            return collect(denoiser, realizations, Provenance("test"), 3, sigma, 0, 2, response=True).vectors
+
+        return visit(family, model, prompt(family, seed), work)
+
+    first, second = collected(1), collected(2)
+    assert torch.equal(collected(1), first)
+    assert not torch.allclose(first, second)
+
+
+def test_the_remedy_for_writing_in_place_is_gone_afterwards() -> None:
+    def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> None:
+        gradient(denoiser, realizations[:1], realizations[1:], realizations[:1], 1.0)
+        assert isinstance(_get_current_dispatch_mode(), host._SavedBeforeWriting)
+        raise RuntimeError("stop here")
+
+    with pytest.raises(RuntimeError, match="stop here"):
+        visit(FLUX, build(FLUX), prompt(FLUX), work)
+    assert _get_current_dispatch_mode() is None
+    saved = torch.ones(2, requires_grad=True)
+    assert (saved**2).grad_fn._saved_self is saved
+
+
+def test_saved_parts_survive_writing_to_the_whole() -> None:
+    x = torch.arange(6.0, requires_grad=True)
+    expected = torch.tensor([0.0, 0.0, 0.0, 2 * 3, 2 * 4, 2 * 5])
+    remedy = host._SavedBeforeWriting()
+    with remedy, torch.autograd.graph.saved_tensors_hooks(remedy.pack, remedy.unpack):
+        whole = x.clone()
+        out = whole[3:].square().sum()
+        whole += 1
+        (found,) = torch.autograd.grad(out, x)
+    assert torch.equal(found, expected)

@@ -1,0 +1,335 @@
+"""Finding a concept's rows with the host's real tokenizers, in front of small random encoders of its own classes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import comfy.sdxl_clip
+import comfy.supported_models_base
+import comfy.text_encoders.aura_t5
+import comfy.text_encoders.flux
+import comfy.text_encoders.hunyuan_image
+import comfy.text_encoders.hunyuan_video
+import comfy.text_encoders.hydit
+import comfy.text_encoders.lumina2
+import comfy.text_encoders.omnigen2
+import comfy.text_encoders.pixart_t5
+import comfy.text_encoders.qwen_image
+import comfy.text_encoders.sd3_clip
+import comfy.text_encoders.z_image
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from comfyui_elrond.elrond_core.errors import ElrondError
+from comfyui_elrond.elrond_core.tokens import occurrences
+from comfyui_elrond.nodes import host
+from comfyui_elrond.nodes.concept import EncodeConcept
+
+te = comfy.text_encoders
+
+
+def clip(width: int = 32) -> dict[str, Any]:
+    return {"num_hidden_layers": 3, "hidden_size": width, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+def t5(width: int = 32) -> dict[str, Any]:
+    return {"num_layers": 1, "d_model": width, "num_heads": 2, "d_kv": 16, "d_ff": 64}
+
+
+def llama(vocabulary: int, heads: int = 1) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary,
+        "num_hidden_layers": 4,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+    }
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A text encoder as a checkpoint of its family brings it.
+
+    Attributes:
+        family: as the pack calls it.
+        tokenizer: the host's class.
+        model: the host's class.
+        sizes: small configurations of its parts, by the name that the host has for each.
+        data: what the tokenizer takes from the checkpoint.
+        causal: whether no row depends on later tokens.
+        streams: how many tokens' rows a word of one token has.
+    """
+
+    family: str
+    tokenizer: Any
+    model: Any
+    sizes: dict[str, dict[str, Any]]
+    data: dict[str, Any] = field(default_factory=dict)
+    causal: bool = True
+    streams: int = 1
+
+
+def _sentencepiece() -> torch.Tensor:
+    # Gemma's and mT5's vocabularies come with their checkpoints; AuraFlow's stands in for them.
+    path = Path(te.aura_t5.__file__).parent / "t5_pile_tokenizer" / "tokenizer.model"
+    return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+
+
+SPIECE = _sentencepiece()
+# The host pads SD 3's CLIP rows to the width of its T5.
+WIDE = t5(4096)
+ENCODERS = {
+    encoder.family: encoder
+    for encoder in (
+        Encoder("SD1", comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel, {"clip_l": clip()}),
+        Encoder(
+            "SDXL",
+            comfy.sdxl_clip.SDXLTokenizer,
+            comfy.sdxl_clip.SDXLClipModel,
+            {"clip_l": clip(), "clip_g": clip(48)},
+        ),
+        Encoder(
+            "SD3",
+            te.sd3_clip.SD3Tokenizer,
+            te.sd3_clip.sd3_clip(),
+            {"clip_l": clip(), "clip_g": clip(48), "t5xxl": WIDE},
+            causal=False,
+            streams=2,
+        ),
+        Encoder("Flux", te.flux.FluxTokenizer, te.flux.flux_clip(), {"clip_l": clip(), "t5xxl": t5()}, causal=False),
+        Encoder("PixArt", te.pixart_t5.PixArtTokenizer, te.pixart_t5.pixart_te(), {"t5xxl": t5()}, causal=False),
+        Encoder("AuraT5", te.aura_t5.AuraT5Tokenizer, te.aura_t5.AuraT5Model, {"pile_t5xl": t5()}, causal=False),
+        Encoder(
+            "Hydit",
+            te.hydit.HyditTokenizer,
+            te.hydit.HyditModel,
+            {"hydit_clip": clip(), "mt5xl": t5()},
+            {"mt5xl.spiece_model": SPIECE},
+            causal=False,
+        ),
+        Encoder(
+            "Lumina",
+            te.lumina2.LuminaTokenizer,
+            te.lumina2.te(),
+            {"gemma2_2b": llama(50304)},
+            {"spiece_model": SPIECE},
+        ),
+        Encoder("ZImage", te.z_image.ZImageTokenizer, te.z_image.te(), {"qwen3_4b": llama(151936)}),
+        Encoder("QwenImage", te.qwen_image.QwenImageTokenizer, te.qwen_image.te(), {"qwen25_7b": llama(152064)}),
+        Encoder(
+            "HunyuanImage",
+            te.hunyuan_image.HunyuanImageTokenizer,
+            te.hunyuan_image.te(byt5=False),
+            {"qwen25_7b": llama(152064)},
+        ),
+        Encoder("Omnigen2", te.omnigen2.Omnigen2Tokenizer, te.omnigen2.te(), {"qwen25_3b": llama(151936)}),
+        Encoder(
+            "HunyuanVideo",
+            te.hunyuan_video.HunyuanVideoTokenizer,
+            te.hunyuan_video.hunyuan_video_clip(),
+            {"clip_l": clip(), "llama": llama(128320)},
+        ),
+    )
+}
+CHATTY = ("ZImage", "QwenImage", "HunyuanImage", "Omnigen2", "HunyuanVideo")
+
+
+@functools.cache
+def load(family: str, embeddings: str | None = None) -> Any:
+    """The encoder as a CLIP, at random weights."""
+    encoder = ENCODERS[family]
+    made = comfy.sd.CLIP(
+        comfy.supported_models_base.ClipTarget(encoder.tokenizer, encoder.model),
+        embedding_directory=embeddings,
+        tokenizer_data=dict(encoder.data),
+        model_options={"dtype": torch.float32, **{f"{k}_model_config": v for k, v in encoder.sizes.items()}},
+    )
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in made.cond_stage_model.named_parameters():
+        # Pictures in prompts are not our subject, and this part is large.
+        if ".visual." in name:
+            continue
+        if weight.ndim < 2:
+            weight.data = torch.full(weight.shape, 0.0 if name.endswith("bias") else 1.0)
+            continue
+        weight.data = torch.zeros(weight.shape)
+        # Random in its first rows and columns only: SD 3's is 4096 wide. Weak beside the embeddings, as in a trained
+        # encoder: a row is first of all about its own token.
+        table = "embed" in name or "shared" in name
+        part = weight.data[:, :64] if table else weight.data[:64, :64]
+        part.copy_(torch.randn(part.shape, generator=generator) * (1 if table else 0.3 / part.shape[1] ** 0.5))
+    return made
+
+
+def encode(clip: Any, prompt: str, concept: str = "", occurrence: int = 1) -> tuple[torch.Tensor, Any]:
+    """(T, d) rows of a prompt and its first concept."""
+    marked = EncodeConcept.execute(clip, prompt, concept, occurrence).args[0]
+    tensor, memory = host.marked(marked)
+    return tensor[0], memory["concepts"][0]
+
+
+def assert_rows(family: str, encoded: torch.Tensor, other: torch.Tensor, rows: tuple[int, ...]) -> None:
+    """Another word at these rows changes them most, and none before them if the encoder is causal."""
+    change = (encoded - other).norm(dim=1)
+    for first, last in [(0, 77), (77, None)] if ENCODERS[family].streams == 2 else [(0, None)]:
+        mine = [row - first for row in rows if row in range(len(change))[first:last]]
+        assert sorted(change[first:last].topk(len(mine)).indices.tolist()) == mine
+    if ENCODERS[family].causal:
+        assert (change[: rows[0]] == 0).all()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _each_vocabulary_is_read_once() -> Iterator[None]:
+    read = transformers.PreTrainedTokenizerBase.from_pretrained.__func__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.PreTrainedTokenizerBase, "from_pretrained", classmethod(functools.cache(read)))
+        yield
+
+
+@pytest.fixture(params=ENCODERS)
+def family(request: pytest.FixtureRequest) -> str:
+    return usable(request.param)
+
+
+def usable(family: str) -> str:
+    if not any("red" in piece.text for piece in host.pieces_of(load(family), "a red dog")[0]):
+        pytest.skip(f"with transformers {transformers.__version__} the host's {family} tokenizer joins words")
+    return family
+
+
+@pytest.mark.parametrize("text", ["a photo of a {} in the park", "{}", "two cars, a {}."])
+def test_another_word_changes_the_concepts_rows_most(family: str, text: str) -> None:
+    encoded, concept = encode(load(family), text.format("[dog]"))
+    assert len(concept.rows) == ENCODERS[family].streams * (2 if len(concept.rows) > ENCODERS[family].streams else 1)
+    other, _ = encode(load(family), text.format("[cat]"))
+    assert encoded.shape == other.shape
+    assert_rows(family, encoded, other, concept.rows)
+    stock = host.encode(load(family), text.format("dog"))[0][0][0]
+    assert torch.equal(stock, encoded)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "concept", "pieces"),
+    [
+        ("a chiaroscuro dog", "chiaroscuro", "chiaroscuro"),
+        ("Dogs and a DOG, there", "dog", "dog"),
+        ("a dog, and dogs.", "dogs", "dogs"),
+        ("a red dog runs", "red  Dog", "reddog"),
+        ("a (dog:1.3) runs", "dog", "dog"),
+        ("in a t-shirt, really", "t-shirt", "t-shirt"),
+        ("the year 1984 again", "1984", "1984"),
+    ],
+)
+def test_awkward_words(family: str, prompt: str, concept: str, pieces: str) -> None:
+    _, found = encode(load(family), prompt, concept)
+    # Every stream has the whole concept and nothing else.
+    assert "".join(found.tokens).lower().replace("(", "") == pieces * ENCODERS[family].streams
+
+
+def test_a_word_of_several_pieces_has_their_rows(family: str) -> None:
+    _, found = encode(load(family), "a [chiaroscuro] dog")
+    streams = ENCODERS[family].streams
+    assert len(found.rows) >= 2 * streams
+    for stream in range(streams):
+        rows = [row for row in found.rows if (row >= 77) == (stream == 1)] if streams == 2 else list(found.rows)
+        assert rows == list(range(rows[0], rows[0] + len(rows)))
+
+
+def test_a_repeated_word_is_the_first_unless_asked(family: str) -> None:
+    first = encode(load(family), "a dog, a cat, a dog", "dog")[1]
+    second = encode(load(family), "a dog, a cat, a dog", "dog", 2)[1]
+    assert first == encode(load(family), "a [dog], a cat, a dog")[1]
+    assert second == encode(load(family), "a dog, a cat, a [dog]")[1]
+    assert second.rows[0] > first.rows[-1] or ENCODERS[family].streams > 1
+    encoded = encode(load(family), "a dog, a cat, a [dog]")[0]
+    assert_rows(family, encoded, encode(load(family), "a dog, a cat, a [cow]")[0], second.rows)
+    with pytest.raises(ElrondError, match="2 times, so occurrence 3"):
+        encode(load(family), "a dog, a cat, a dog", "dog", 3)
+
+
+def test_a_word_that_is_not_there_lists_those_that_are(family: str) -> None:
+    with pytest.raises(
+        ElrondError, match=r"'cat' is not in the prompt, which the encoder cut as: (. \| )?[Aa]? ?.*dog"
+    ):
+        encode(load(family), "a red dog", "cat")
+
+
+@pytest.mark.parametrize("family", CHATTY)
+def test_the_template_of_a_chat_model_is_not_the_prompt(family: str) -> None:
+    usable(family)
+    for word in ("user", "describe", "assistant", "system", "im_start"):
+        with pytest.raises(ElrondError, match=r"encoder cut as: a \| red \| dog\.$"):
+            encode(load(family), "a red dog", word)
+    text = "the user of a {} image"
+    encoded, found = encode(load(family), text.format("[color]"))
+    assert_rows(family, encoded, encode(load(family), text.format("[shape]"))[0], found.rows)
+
+
+@pytest.mark.parametrize("family", [*CHATTY, "Hydit"])
+def test_scripts_without_spaces(family: str) -> None:
+    usable(family)
+    encoded, found = encode(load(family), "公园里的[狗]在跑")
+    assert found.tokens == ("狗",)
+    assert_rows(family, encoded, encode(load(family), "公园里的[猫]在跑")[0], found.rows)
+
+
+@pytest.mark.parametrize("family", ["SD1", "SDXL"])
+def test_prompts_of_several_chunks(family: str) -> None:
+    text = "very " * 80 + "big {} here"
+    encoded, found = encode(load(family), text.format("[dog]"))
+    # 75 words a chunk, after its start token.
+    assert found.rows == (77 + 1 + 6,)
+    assert_rows(family, encoded, encode(load(family), text.format("[cat]"))[0], found.rows)
+    # A word cut in two by the end of a chunk.
+    _, found = encode(load(family), "very " * 74 + "[chiaroscuro]")
+    assert found.rows[:2] == (75, 78)
+    assert "".join(found.tokens) == "chiaroscuro"
+
+
+def test_textual_inversions(tmp_path: Path) -> None:
+    vectors = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+    for name, sign in (("mine", 1), ("yours", -1)):
+        safetensors.torch.save_file({"emb_params": sign * vectors}, tmp_path / f"{name}.safetensors")
+    clip = load("SD1", str(tmp_path))
+    encoded, found = encode(clip, "a embedding:mine dog, a dog", "dog")
+    assert found.rows == (5,)
+    assert_rows("SD1", encoded, encode(clip, "a embedding:mine cat, a dog", "cat")[0], found.rows)
+    encoded, found = encode(clip, "a dog by embedding:mine here", "embedding:mine")
+    assert found.rows == (4, 5, 6)
+    assert_rows("SD1", encoded, encode(clip, "a dog by embedding:yours here", "embedding:yours")[0], found.rows)
+
+
+@pytest.mark.parametrize(("clips", "t5"), [(True, False), (False, True)])
+def test_sd3_without_one_of_its_encoders(clips: bool, t5: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = Encoder(
+        "SD3",
+        te.sd3_clip.SD3Tokenizer,
+        te.sd3_clip.sd3_clip(clip_l=clips, clip_g=clips, t5=t5),
+        ENCODERS["SD3"].sizes,
+        causal=clips,
+    )
+    monkeypatch.setitem(ENCODERS, "SD3", part)
+    made = load.__wrapped__("SD3")
+    encoded, found = encode(made, "a photo of a [dog] in the park")
+    assert len(found.rows) == 1
+    assert_rows("SD3", encoded, encode(made, "a photo of a [cat] in the park")[0], found.rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "word", "places"),
+    [
+        ("一只狗在跑", "狗", [(2, 3)]),
+        ("hot dogs, dog", "dog", [(10, 13)]),
+        ("t - shirt", "t-shirt", [(0, 9)]),
+        ("1 9 8 4", "1984", [(0, 7)]),
+    ],
+)
+def test_occurrences(text: str, word: str, places: list[tuple[int, int]]) -> None:
+    assert occurrences(text, word) == places

@@ -1,6 +1,7 @@
 """The nodes: each reads its inputs, calls one thing in `elrond_core`, and wraps the result."""
 
 from . import (
+    compare,
     complexity,
     compose,
     concept,
@@ -26,6 +27,7 @@ NODES = [
     *labels.NODES,
     *diversity.NODES,
     *complexity.NODES,
+    *compare.NODES,
     *files.NODES,
     *demo_model.NODES,
 ]

@@ -327,10 +327,12 @@ def _per_sample_noise(
 class HostDenoiser:
     """`elrond_core.gradients.Denoiser` over the host's guider: any model, patches and guidance included."""
 
-    def __init__(self, guider: Any, model_options: dict[str, Any], seed: int) -> None:
+    def __init__(self, guider: Any, model_options: dict[str, Any], seed: int, latents: torch.Tensor) -> None:
         self._guider = guider
         self._options = model_options
         self._seed = seed
+        # What the host's sampler tells the model about the latents beside the noisy ones.
+        self._about = {"latent_image": latents, "denoise_mask": None, "seed": seed, "latent_shapes": [latents.shape]}
         entry = next(entry for entry in guider.conds["positive"] if MARK in entry)
         self._entry = entry
         self._encoded: torch.Tensor = entry["cross_attn"]
@@ -352,7 +354,7 @@ class HostDenoiser:
         entry = {**self._entry, "cross_attn": encoded}
         # The model's own preparation of the conditioning (padding, projections) is part of what is differentiated.
         (entry,) = comfy.samplers.encode_model_conds(
-            self._guider.inner_model.extra_conds, [entry], noisy, noisy.device, "positive"
+            self._guider.inner_model.extra_conds, [entry], noisy, noisy.device, "positive", **self._about
         )
         before = self._guider.conds
         self._guider.conds = {**before, "positive": [self._replaced(e, entry) for e in before["positive"]]}
@@ -404,7 +406,7 @@ class _Visit(comfy.samplers.Sampler):
         options = extra_args["model_options"]
         options.setdefault("transformer_options", {})["optimized_attention_override"] = _attention
         with _frozen(model_wrap.inner_model), _exact(model_wrap.inner_model):
-            denoiser = HostDenoiser(model_wrap, options, extra_args.get("seed", 0))
+            denoiser = HostDenoiser(model_wrap, options, extra_args.get("seed", 0), latent_image)
             try:
                 self.result = self._run(denoiser, latent_image)
             except (RuntimeError, NotImplementedError) as error:

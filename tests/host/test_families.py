@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,13 @@ def test_guidance_and_a_negative() -> None:
     negative = [[random(1, 9, families.WIDTH, seed=11), dict(SDXL.options)]]
     assert error_of(SDXL, build(SDXL), negative=negative) < 1e-3
     assert_view_is_the_sampler(SDXL, build(SDXL), prompt(SDXL), negative)
+
+
+def test_an_inpainting_model() -> None:
+    # Its image and mask are blank, as the host's sampler makes them for a plain latent.
+    inpainting = replace(SD, unet={**SD.unet, "in_channels": 9})
+    assert error_of(inpainting, build(inpainting)) < 1e-3
+    assert_view_is_the_sampler(inpainting, build(inpainting), prompt(inpainting))
 
 
 AREA = {"area": (4, 8, 0, 0)}

@@ -4,8 +4,8 @@ Objective: rectified flow; the UNet predicts noise minus image. So that the noun
 as in CLIP, many training samples show the denoiser only that row, or that row inside the caption without attributes.
 
 A few dozen attribute words would be a code to the denoiser, which would answer to each and to nothing between them,
-where a model of real text has seen every shade. So the last leg shades: the noun's row moves part of the way that each
-word moves it alone, and the factors' windows move as far.
+where a model of real text has seen every shade. So many samples are shaded: the noun's row moves part of the way that
+each word moves it alone, and the factors' windows move as far.
 """
 
 from __future__ import annotations
@@ -33,18 +33,19 @@ from .world import CONTINUOUS, SHAPES, render
 
 SEED = 2602
 BATCH = 64
-# First step, last step and peak learning rate of each leg: a short warm-up, then a cosine to zero.
-LEGS = ((0, 4500, 1.2e-3), (4500, 7500, 8e-4), (7500, 9500, 6e-4), (9500, 11000, 1e-3), (11000, 13500, 8e-4))
-SHADED_FROM = 9500
-WARM_UP = 200
+# A short warm-up, then a cosine to zero.
+STEPS, WARM_UP, RATE = 4200, 200, 1.2e-3
 EMA = 0.999
 # Shares of the training samples by what the denoiser sees: every row, the noun's row alone, the noun's row inside
 # the rows of the caption without attributes; the rest sees the empty caption, for guidance.
-FULL, ALONE, INSIDE = 0.22, 0.32, 0.40
+FULL, ALONE, INSIDE = 0.30, 0.28, 0.35
 # Of the samples that show the noun's row without its attributes: the share that is shaded. The noise added to all of
 # them is at most this share of the row's norm.
-SHADED, ROW_NOISE = 0.85, 0.2
-HIGHEST_NOISE = 0.2
+SHADED, ROW_NOISE = 0.75, 0.2
+# Share of samples at the highest noise level. There the best estimate is the mean of all images of a caption, which
+# is drawn as the mean of so many instead of one, and counts so many times: else what a word does to the mean, on which
+# the gradients of its row depend, would drown in what the images vary by.
+HIGHEST_NOISE, IMAGES_OF_MEAN, WEIGHT_OF_MEAN = 0.25, 32, 10.0
 OUT = demo_model.WEIGHTS.parent / "training"
 
 
@@ -140,15 +141,15 @@ class Samples:
 MODES = ("full", "alone", "inside", "empty")
 
 
-def draw_samples(count: int, generator: torch.Generator, shaded: bool = True) -> Samples:
+def draw_samples(count: int, generator: torch.Generator) -> Samples:
     """Random captions and how the denoiser sees them, in the shares given above."""
     bounds = torch.tensor([FULL, FULL + ALONE, FULL + ALONE + INSIDE])
     mode = torch.bucketize(torch.rand(count, generator=generator), bounds)
     hidden = (mode == MODES.index("alone")) | (mode == MODES.index("inside"))
-    shade = hidden & (torch.rand(count, generator=generator) < SHADED) & shaded
+    shade = hidden & (torch.rand(count, generator=generator) < SHADED)
     captions = [draw_shaded_caption(generator) if shade[i] else draw_caption(generator) for i in range(count)]
     noise = torch.randn(count, demo_model.TOKEN_WIDTH, generator=generator) / demo_model.TOKEN_WIDTH**0.5
-    amount = ROW_NOISE * torch.rand(count, generator=generator) * hidden * shaded
+    amount = ROW_NOISE * torch.rand(count, generator=generator) * hidden
     return Samples(captions, mode, noise * amount[:, None])
 
 
@@ -195,12 +196,40 @@ def draw_sigma(count: int, generator: torch.Generator) -> torch.Tensor:
     return torch.where(highest, torch.ones_like(sigma), sigma)
 
 
-def batch_of(step: int, size: int, vae: demo_model.PatchVAE) -> tuple[Samples, torch.Tensor, torch.Generator]:
-    """Samples, their clean latents and the step's own generator: step i is the same in a resumed run."""
+@dataclass
+class Batch:
+    """A batch of training samples.
+
+    Attributes:
+        samples: captions and how the denoiser sees them.
+        clean: (N, 24, 8, 8) latents of an image of each caption, or at the highest noise level of the mean of many.
+        sigma: (N,) noise levels.
+        noise: (N, 24, 8, 8).
+        weight: (N,) of each sample in the loss.
+    """
+
+    samples: Samples
+    clean: torch.Tensor
+    sigma: torch.Tensor
+    noise: torch.Tensor
+    weight: torch.Tensor
+
+
+def batch_of(step: int, size: int, vae: demo_model.PatchVAE) -> Batch:
+    """The batch of a step: the same in a resumed run."""
     generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
-    samples = draw_samples(size, generator, shaded=step >= SHADED_FROM)
-    images = render(draw_factors(samples.captions, generator))
-    return samples, vae.encode_small(images.movedim(-1, 1) * 2 - 1), generator
+    samples, sigma = draw_samples(size, generator), draw_sigma(size, generator)
+
+    def latents(captions: list[Caption]) -> torch.Tensor:
+        return vae.encode_small(render(draw_factors(captions, generator)).movedim(-1, 1) * 2 - 1)
+
+    clean = latents(samples.captions)
+    highest = (sigma == 1).nonzero().flatten().tolist()
+    if highest:
+        many = latents([samples.captions[i] for i in highest for _ in range(IMAGES_OF_MEAN)])
+        clean[highest] = many.unflatten(0, (len(highest), IMAGES_OF_MEAN)).mean(1)
+    noise = torch.randn(clean.shape, generator=generator)
+    return Batch(samples, clean, sigma, noise, torch.where(sigma == 1, WEIGHT_OF_MEAN, 1.0))
 
 
 def fit_vae() -> demo_model.PatchVAE:
@@ -222,9 +251,7 @@ def velocity(unet: torch.nn.Module, noisy: torch.Tensor, sigma: torch.Tensor, co
 
 def rate_at(step: int) -> float:
     """The learning rate of a step."""
-    first, last, peak = next(leg for leg in LEGS if step < leg[1])
-    share = (step - first) / (last - first)
-    return peak * min(1, (step - first + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * share))
+    return RATE * min(1, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(1, step / STEPS)))
 
 
 def save_atomic(state: dict, path: Path) -> None:
@@ -257,13 +284,11 @@ def train(steps: int, out: Path) -> None:
         rate = rate_at(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        samples, clean, generator = batch_of(step, BATCH, vae)
-        sigma = draw_sigma(BATCH, generator)
-        noise = torch.randn(clean.shape, generator=generator)
-        level = sigma[:, None, None, None]
-        noisy = (1 - level) * clean + level * noise
-        context = conditioning(text, samples)
-        loss = ((velocity(unet, noisy, sigma, context) - (noise - clean)) ** 2).mean()
+        batch = batch_of(step, BATCH, vae)
+        level = batch.sigma[:, None, None, None]
+        noisy = (1 - level) * batch.clean + level * batch.noise
+        made = velocity(unet, noisy, batch.sigma, conditioning(text, batch.samples))
+        loss = (((made - (batch.noise - batch.clean)) ** 2).mean((1, 2, 3)) * batch.weight).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -287,7 +312,7 @@ def train(steps: int, out: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=LEGS[-1][1])
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     train(arguments.steps, arguments.out)

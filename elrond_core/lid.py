@@ -7,6 +7,13 @@ distributed, with a level and a spread read off the lower part of the spectrum (
 the number of spiked eigenvalues in a covariance matrix by bulk eigenvalue matching analysis"), and the largest
 eigenvalue of such noise follows (El Karoui, 2007, "Tracy-Widom limit for the largest eigenvalue of a large class of
 complex sample covariance matrices"). Only eigenvalues are needed, not the gradients, so that moments will do.
+
+That counts all that the gradients hold, and a model whose spectrum falls without a floor gives no such number. Where
+the model's response was collected there is an absolute scale: components of the response-normalised gradients
+(`elrond_core.response`) have the variance λ of the realizations along the change that a movement of the word makes,
+in units of the variance of one latent value, what a token norm cannot reach left out. The number of components that
+such a unit of noise would leave standing, Σ λ/(1 + λ), is the effective dimension (the degrees of freedom of a ridge
+regression). It assumes that latents are scaled to a variance of about one, as hosts hand them on.
 """
 
 from __future__ import annotations
@@ -21,7 +28,7 @@ from .errors import ElrondError
 from .gradients import Gradients
 from .moments import Moments
 from .pca import fit_pca
-from .response import fit_response
+from .response import components, generalised
 
 _LEVEL = 0.05
 _DRAWS = 200
@@ -31,6 +38,8 @@ _SPREADS = np.sqrt([0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0])
 _CAP = 160
 _FLAT = 0.5
 _CLEAR = 2.5
+# Components of the response that the bootstrap redraws, and how often.
+_MOST_REDRAWN, _REDRAWN = 256, 50
 
 
 @dataclass(frozen=True)
@@ -47,8 +56,8 @@ class LIDReport:
         variance95: components to reach 95 % of the variance.
         gap: place of the largest gap between singular values (Stanczuk et al., arXiv 2212.12611).
         ratio: eigenvalues whose share is above C/(R·d) (ELROND, step 5).
-        response: components of the response-normalised spectrum above an absolute latent variance; None where the
-            response was not collected.
+        response: effective dimension of the response-normalised spectrum; None where the response was not collected.
+        response_interval: its 90 % interval (bootstrap over gradients and responses), or None.
         eigenvalues: float64, (P,): variances of the principal components, descending.
         null: float64, (P,): what the fitted noise alone would have had in their place.
         threshold: the eigenvalue above which noise is ruled out.
@@ -67,7 +76,8 @@ class LIDReport:
     variance95: int
     gap: int
     ratio: int
-    response: int | None
+    response: float | None
+    response_interval: tuple[float, float] | None
     eigenvalues: torch.Tensor
     null: torch.Tensor
     threshold: float
@@ -77,30 +87,35 @@ class LIDReport:
     count: int
     size: int
 
+    @property
+    def dimension(self) -> float:
+        """The estimate to use: the effective dimension where the response was collected, else the noise floor's."""
+        return float(self.estimate) if self.response is None else self.response
+
     def lines(self) -> list[str]:
         """The report as text, one fact a line."""
         low, high = self.interval
         interval = f"90 % interval {low} to {high}" if high is not None else f"{low} or more"
-        response = "not collected" if self.response is None else str(self.response)
+        effective = "not known, since the response was not collected"
+        if self.response is not None and self.response_interval is not None:
+            bottom, top = self.response_interval
+            effective = f"{self.response:.1f} (90 % interval {bottom:.1f} to {top:.1f})"
         return [
+            f"effective dimension within a token norm: {effective}",
             f"above the noise floor: {self.estimate} ({interval})",
             self.verdict,
-            f"above the response's absolute threshold: {response}",
             f"published: {self.ratio} by share of variance, {self.gap} by the largest gap, "
             f"{self.variance95} to reach 95 % of the variance",
             f"from {self.count} gradients of {self.size} values",
         ]
 
 
-def estimate_lid(
-    source: Gradients | Moments, *, significance: float = 2.5, response_significance: float = 1.0, seed: int = 0
-) -> LIDReport:
+def estimate_lid(source: Gradients | Moments, *, significance: float = 2.5, seed: int = 0) -> LIDReport:
     """Estimate the intrinsic dimension of a concept.
 
     Args:
         source: gradients, or their moments.
         significance: C of the published rule.
-        response_significance: latent variance per unit of change that counts, where the response was collected.
         seed: fixes the simulated noise.
 
     Raises:
@@ -113,9 +128,9 @@ def estimate_lid(
             f"The intrinsic dimension needs at least 20 gradients of 20 values, got {count} gradients of {size}."
         )
     eigenvalues = spectrum.eigenvalues.numpy()[: min(count - 1, size)]
-    response = None
+    response, response_interval = None, None
     if isinstance(source, Gradients) and len(source.response) > 1:
-        response = fit_response(source, significance=response_significance, limit=1)[1].significant
+        response, response_interval = effective_dimension(source, seed)
 
     fit = _Fit(eigenvalues, count - 1, size, seed)
     return LIDReport(
@@ -127,6 +142,7 @@ def estimate_lid(
         gap=int(np.argmax(-np.diff(np.sqrt(eigenvalues)))) + 1,
         ratio=spectrum.significant,
         response=response,
+        response_interval=response_interval,
         eigenvalues=torch.from_numpy(eigenvalues),
         null=torch.from_numpy(fit.null()),
         threshold=fit.threshold,
@@ -136,6 +152,42 @@ def estimate_lid(
         count=count,
         size=size,
     )
+
+
+def effective_dimension(gradients: Gradients, seed: int = 0) -> tuple[float, tuple[float, float]]:
+    """Σ λ/(1 + λ) of the response-normalised spectrum, and its 90 % interval.
+
+    Eigenvalues of a sample spread further than the truth's. A bootstrap over gradients and responses, within the
+    leading components, shows by how much: it spreads them once more, and the same is taken off the estimate.
+
+    Raises:
+        ElrondError: as `elrond_core.response.fit_response`.
+    """
+    solved = components(gradients)
+    value = _degrees(solved.eigenvalues)
+    moves = solved.moves[:, :_MOST_REDRAWN]
+    along, answers = gradients.flat.double() @ moves, gradients.response.flatten(1).double() @ moves
+    ridge = solved.added * moves.T @ moves
+    before = _degrees(_redrawn(along, answers, ridge))
+    generator = torch.Generator().manual_seed(seed)
+    shifts = []
+    for _ in range(_REDRAWN):
+        some = torch.randint(len(along), (len(along),), generator=generator)
+        heard = torch.randint(len(answers), (len(answers),), generator=generator)
+        shifts.append(_degrees(_redrawn(along[some], answers[heard], ridge)) - before)
+    shift = torch.tensor(shifts, dtype=torch.float64)
+    low, middle, high = shift.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
+    value = max(0.0, value - middle)
+    return value, (max(0.0, value + low - middle), value + high - middle)
+
+
+def _redrawn(along: torch.Tensor, answers: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
+    covariance = torch.cov(along.T).reshape(ridge.shape)
+    return generalised(covariance, answers.T @ answers / len(answers) + ridge)[0].clamp_min(0)
+
+
+def _degrees(eigenvalues: torch.Tensor) -> float:
+    return float((eigenvalues / (1 + eigenvalues)).sum())
 
 
 class _Fit:

@@ -13,7 +13,7 @@ strongly the model answers to it, twice, and one loud factor leaks into all comp
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from sklearn.decomposition import FastICA
@@ -67,39 +67,28 @@ def fit_response(
             finite, all gradients or responses are zero, or an option is out of range.
     """
     check_options(significance, limit)
-    if ridge is not None and not ridge > 0:
-        raise ElrondError(f"The ridge must be above zero, got {ridge}.")
-    response = _checked_response(gradients)
-    require_finite(gradients.flat)
-    metric = response.T @ response / len(response)
-    size = len(metric)
-    mean_response = float(metric.diagonal().mean())
-    moments = Moments.of(gradients)
-    covariance = moments.covariance()
-    if mean_response == 0 or not covariance.any():
-        raise ElrondError("All gradients or all responses are the same, so there is nothing to decompose.")
-    ridge = affordable_ridge(gradients) if ridge is None else ridge
-    metric.diagonal().add_(ridge * mean_response)
-
-    factor = torch.linalg.cholesky(metric)
-    half = torch.linalg.solve_triangular(factor, covariance, upper=False)
-    eigenvalues, vectors = descending(torch.linalg.solve_triangular(factor, half.T, upper=False))
-    eigenvalues = eigenvalues[: min(len(gradients), size)]
+    parts = components(gradients, ridge)
+    size = len(parts.moves)
     spectrum = replace(
-        cut(eigenvalues, significance, limit, len(gradients), size),
+        cut(parts.eigenvalues, significance, limit, len(gradients), size),
         name="latent variance per unit of change",
-        ridge=ridge,
+        ridge=parts.ridge,
     )
-    moves = torch.linalg.solve_triangular(factor.T, vectors[:, : spectrum.kept], upper=True)
-    scores = eigenvalues[: spectrum.kept]
+    moves, scores = parts.moves[:, : spectrum.kept], parts.eigenvalues[: spectrum.kept]
     if rotate and spectrum.kept > 1:
         deviations = scores.sqrt()
-        turn = _independent((gradients.flat.double() - moments.mean) @ moves / deviations, seed)
+        values = gradients.flat.double() @ moves
+        turn = _independent((values - values.mean(0)) / deviations, seed)
         moves, scores = moves * deviations @ turn.T, turn.square() @ scores
         order = scores.argsort(descending=True)
         moves, scores = moves[:, order], scores[order]
     moves = (moves / moves.norm(dim=0)).T.reshape(-1, *gradients.vectors.shape[1:]).float()
-    method = {"name": "response", "significance": f"{significance:g}", "ridge": f"{ridge:.3g}", "limit": str(limit)}
+    method = {
+        "name": "response",
+        "significance": f"{significance:g}",
+        "ridge": f"{parts.ridge:.3g}",
+        "limit": str(limit),
+    }
     directions = Directions(
         vectors=fix_signs(moves),
         scores=scores.float(),
@@ -108,6 +97,49 @@ def fit_response(
         score_name=spectrum.name,
     )
     return directions, spectrum
+
+
+@dataclass(frozen=True)
+class Components:
+    """The solved problem.
+
+    Attributes:
+        eigenvalues: float64, (P,): λ, descending, P = min(N, R·d).
+        moves: float64, (R·d, P): v as columns, scaled so that vᵀ(M + ridge)v = 1.
+        ridge: as a share of the mean response.
+        added: the same on the scale of M.
+    """
+
+    eigenvalues: torch.Tensor
+    moves: torch.Tensor
+    ridge: float
+    added: float
+
+
+def components(gradients: Gradients, ridge: float | None = None) -> Components:
+    """All components of `fit_response`, which says what is refused."""
+    if ridge is not None and not ridge > 0:
+        raise ElrondError(f"The ridge must be above zero, got {ridge}.")
+    response = _checked_response(gradients)
+    require_finite(gradients.flat)
+    metric = response.T @ response / len(response)
+    mean_response = float(metric.diagonal().mean())
+    covariance = Moments.of(gradients).covariance()
+    if mean_response == 0 or not covariance.any():
+        raise ElrondError("All gradients or all responses are the same, so there is nothing to decompose.")
+    ridge = affordable_ridge(gradients) if ridge is None else ridge
+    metric.diagonal().add_(ridge * mean_response)
+    eigenvalues, moves = generalised(covariance, metric)
+    count = min(len(gradients), len(metric))
+    return Components(eigenvalues[:count], moves[:, :count], ridge, ridge * mean_response)
+
+
+def generalised(covariance: torch.Tensor, metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues, descending, and eigenvectors v as columns of C v = λ M v, with vᵀMv = 1."""
+    factor = torch.linalg.cholesky(metric)
+    half = torch.linalg.solve_triangular(factor, covariance, upper=False)
+    eigenvalues, vectors = descending(torch.linalg.solve_triangular(factor, half.T, upper=False))
+    return eigenvalues, torch.linalg.solve_triangular(factor.T, vectors, upper=True)
 
 
 def _checked_response(gradients: Gradients) -> torch.Tensor:

@@ -33,7 +33,7 @@ class EstimateLID(io.ComfyNode):
     def execute(cls, gradients: Gradients) -> io.NodeOutput:
         """Estimate and plot."""
         report = estimate_lid(gradients)
-        return io.NodeOutput(float(report.estimate), "\n".join(report.lines()), image(plots.lid_plot(report)))
+        return io.NodeOutput(report.dimension, "\n".join(report.lines()), image(plots.lid_plot(report)))
 
 
 NODES = [EstimateLID]

@@ -1,9 +1,11 @@
 """Intrinsic dimension: known ranks found whatever the sample, and no guess where there is nothing to see."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 
 from elrond_core.errors import ElrondError
@@ -77,7 +79,7 @@ def test_says_so_when_signal_runs_into_the_noise() -> None:
         report = estimate_lid(sample(16, 400, 0.4, seed=seed))
         assert not report.detectable and report.estimate < 16 and report.interval[1] is None
         assert "more may be hidden" in report.verdict
-        assert f"{report.interval[0]} or more" in report.lines()[0]
+        assert f"{report.interval[0]} or more" in report.lines()[1]
 
 
 def test_says_so_without_a_noise_floor() -> None:
@@ -96,16 +98,40 @@ def test_published_estimates() -> None:
     assert estimate_lid(gradients(torch.cat([half, -half])[:, None]), significance=8).ratio == 2
 
 
-def test_response_counts_absolutely() -> None:
-    g = torch.Generator().manual_seed(0)
+def answered(variances: list[float], seed: int, count: int = 2000) -> Gradients:
+    """Gradients of a linear model whose images vary by the given variances within what the model can change."""
+    g = torch.Generator().manual_seed(seed)
     jacobian = torch.randn(200, 30, generator=g) / 200**0.5
-    loud = torch.linalg.qr(jacobian)[0][:, :3] * torch.tensor([100.0, 2.0, 1.5])
-    vectors = (torch.randn(2000, 3, generator=g) @ loud.T) @ jacobian
-    response = torch.randn(2000, 200, generator=g) @ jacobian
-    report = estimate_lid(gradients(vectors[:, None], response[:, None]))
+    patterns = torch.linalg.qr(jacobian)[0][:, : len(variances)] * torch.tensor(variances).sqrt()
+    vectors = (torch.randn(count, len(variances), generator=g) @ patterns.T) @ jacobian
+    response = torch.randn(count, 200, generator=g) @ jacobian
+    return gradients(vectors[:, None], response[:, None])
+
+
+def test_effective_dimension_counts_absolutely() -> None:
+    report = estimate_lid(answered([1e4, 4.0, 2.25], 0))
     # A variance of 10,000 does not hide variances of 4 and 2.25 beside it.
-    assert report.response == 3 and report.ratio == 1
-    assert estimate_lid(gradients(vectors[:, None])).response is None
+    assert report.response == pytest.approx(1 + 4 / 5 + 2.25 / 3.25, abs=0.05) and report.ratio == 1
+    assert report.dimension == report.response
+    without = answered([1e4, 4.0, 2.25], 0)
+    without = estimate_lid(gradients(without.vectors))
+    assert without.response is None and without.dimension == without.estimate
+
+
+def test_interval_of_the_effective_dimension_covers_it() -> None:
+    variances, norm = [50.0, 9.0, 4.0, 1.0, 0.5], 2.0
+    covered = 0
+    for seed in range(20):
+        found = answered(variances, seed, 400)
+        # Two latent values make the gradients' scale 2/n one, and the ridge 1/norm² the responses' own unit.
+        found = replace(found, provenance=found.provenance.with_(latent_values=2, token_norm=norm))
+        jacobian = torch.randn(200, 30, generator=torch.Generator().manual_seed(seed)).double().numpy() / 200**0.5
+        patterns = torch.linalg.qr(torch.from_numpy(jacobian))[0][:, : len(variances)].numpy()
+        covariance = jacobian.T @ (patterns * variances) @ patterns.T @ jacobian
+        truth = scipy.linalg.eigh(covariance, jacobian.T @ jacobian + np.eye(30) / norm**2, eigvals_only=True).clip(0)
+        low, high = estimate_lid(found).response_interval
+        covered += low <= (truth / (1 + truth)).sum() <= high
+    assert covered >= 15
 
 
 def test_agrees_with_an_independent_estimator() -> None:

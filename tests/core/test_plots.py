@@ -37,6 +37,7 @@ LID = LIDReport(
     gap=1,
     ratio=4,
     response=None,
+    response_interval=None,
     eigenvalues=VALUES,
     null=torch.full((40,), 0.1, dtype=torch.float64),
     threshold=0.12,

@@ -104,6 +104,22 @@ def assert_view_is_the_sampler(family: Family, model: Any, positive: Any, negati
     assert not torch.equal(replaced, visit(family, model, positive, estimate(0.0), negative))
 
 
+def assert_samples_of_a_batch_are_apart(family: Family, model: Any, positive: Any) -> None:
+    """Every sample of a batch is conditioned on its own rows only."""
+    change = random(1, len(families.CONCEPT.rows), families.WIDTH, seed=6)
+
+    def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> None:
+        sigma = host.sigma_of(model, 1.0)
+        noisy = denoiser.noised(realizations, random(*realizations.shape, seed=5), sigma)
+        rows = torch.cat([denoiser.rows[None], denoiser.rows + change])
+        both = denoiser.denoised(noisy, sigma, rows)
+        for i in range(2):
+            alone = denoiser.denoised(noisy[i : i + 1], sigma, rows[i : i + 1])
+            torch.testing.assert_close(both[i : i + 1], alone, rtol=1e-4, atol=1e-4 * float(alone.abs().max()))
+
+    visit(family, model, positive, work)
+
+
 def picture(family: Family, model: Any, positive: Any) -> torch.Tensor:
     noise = random(1, *family.latent, seed=7)
     with torch.inference_mode():
@@ -133,10 +149,17 @@ def test_family(family: Family, record_property: Callable[[str, object], None]) 
     print(f"\n{family.name}: relative error {error:.1e}")
     assert error < 1e-3
     assert_view_is_the_sampler(family, model, positive)
+    assert_samples_of_a_batch_are_apart(family, model, positive)
     change = random(len(families.CONCEPT.rows), families.WIDTH, seed=6)
     assert torch.equal(picture(family, model, positive), before)
     assert torch.equal(picture(family, model, steered(positive, 0 * change)), before)
     assert not torch.equal(picture(family, model, steered(positive, change)), before)
+
+
+@pytest.mark.parametrize(("name", "cell"), [("SDXL", 8), ("Flux.2", 16), ("HunyuanImage 2.1", 32), ("Qwen-Image", 8)])
+def test_empty_latents_have_the_size_asked_for(name: str, cell: int) -> None:
+    empty = host.empty_latent(build(NAMED[name]), 512, 256, 3)
+    assert empty.shape == (3, NAMED[name].latent[0], *NAMED[name].latent[1:-2], 256 // cell, 512 // cell)
 
 
 def test_readme_lists_the_families_proven_here() -> None:

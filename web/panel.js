@@ -23,17 +23,19 @@ const STYLE = `
 .elrond-panel :focus-visible { outline: 2px solid var(--p-primary-color, #3b82f6); outline-offset: -1px; }
 .elrond-panel .elrond-head { text-align: left; flex: none; overflow: hidden; text-overflow: ellipsis; }
 .elrond-panel .elrond-bar { display: flex; gap: 4px; align-items: center; flex: none; }
-.elrond-panel .elrond-bar input { width: 52px; }
+.elrond-panel .elrond-bar input[type="number"] { width: 52px; }
+.elrond-panel .elrond-bar label { display: flex; gap: 4px; align-items: center; margin-left: auto; }
+.elrond-panel ::placeholder { color: inherit; opacity: 0.8; }
 .elrond-panel ul { list-style: none; margin: 0; padding: 0; overflow: auto; flex: 1; min-height: 0; }
 .elrond-panel li { display: flex; gap: 5px; align-items: center; height: ${ROW_HEIGHT - 2}px; margin-bottom: 2px; }
 .elrond-panel li input[type="text"] { flex: 1 1 70px; }
 .elrond-panel li input[type="range"] { flex: 1 1 80px; min-width: 50px; accent-color: var(--p-primary-color, #3b82f6); }
 .elrond-panel li output { width: 38px; text-align: right; font-variant-numeric: tabular-nums; }
-.elrond-panel .elrond-index { width: 20px; text-align: right; color: var(--descrip-text, #999); }
-.elrond-panel .elrond-score { color: var(--descrip-text, #999); font-variant-numeric: tabular-nums; }
+.elrond-panel .elrond-index { width: 20px; text-align: right; }
+.elrond-panel .elrond-score { font-variant-numeric: tabular-nums; }
 .elrond-panel .elrond-star { border: none; background: none; padding: 0 2px; font-size: 15px; }
 .elrond-panel img { height: 30px; border-radius: 3px; }
-.elrond-panel [role="status"] { color: var(--descrip-text, #999); flex: none; }
+.elrond-panel [role="status"] { flex: none; }
 .elrond-panel [hidden] { display: none; }
 `;
 

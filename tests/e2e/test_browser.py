@@ -1,0 +1,361 @@
+"""The pack in the host's own frontend, in a real browser: Debian's Chromium, headless, with a fresh profile.
+
+Screenshots go to `output/browser`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from demo.server import Server
+from elrond_core.directions import Directions
+from elrond_core.files import load_directions, save_directions
+from elrond_core.provenance import Provenance
+
+playwright = pytest.importorskip("playwright.sync_api", reason="The browser tests need the playwright package.")
+
+ROOT = Path(__file__).parents[2]
+SHOTS = ROOT / "output" / "browser"
+NAMES = ["complexity", "discover", "diversify", "steer"]
+PATIENCE = 1000 * int(os.environ.get("ELROND_BROWSER_SECONDS", "60"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("There is no Chromium on this machine (Debian: apt-get install chromium).")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=program, args=["--no-sandbox"], timeout=PATIENCE)
+        yield chromium
+        chromium.close()
+
+
+def post(server: Server, path: str, body: Any) -> None:
+    request = urllib.request.Request(
+        server.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+    )
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30):
+        pass
+
+
+def opened(server: Server, browser: Any, theme: str = "dark", without: str = "") -> Any:
+    """A page with the frontend ready; `page.said` collects what the console had to complain about."""
+    # The first start of a fresh installation shows the template browser instead of a graph.
+    settings = {"Comfy.TutorialCompleted": True, "Comfy.ColorPalette": theme, "Comfy.Workflow.Persist": False}
+    post(server, "/settings", settings)
+    context = browser.new_context(viewport={"width": 1500, "height": 950})
+    context.set_default_timeout(PATIENCE)
+    page = context.new_page()
+    page.said = []
+    page.on("console", lambda message: message.type == "error" and complain(page, message))
+    page.on("pageerror", lambda error: page.said.append(error.stack or str(error)))
+    if without:
+        page.route(f"**/{without}", lambda route: route.abort())
+    page.goto(server.url)
+    # Nodes are registered shortly before extensions are set up.
+    page.wait_for_function("() => window.app?.extensionManager && window.LiteGraph?.registered_node_types.KSampler")
+    page.wait_for_function("() => window.app.vueAppReady && window.app.graph && document.querySelector('canvas')")
+    page.wait_for_timeout(1000)
+    return page
+
+
+def complain(page: Any, message: Any) -> None:
+    """Keep an error, unless it is the host's: files of the user that a fresh profile lacks, a site it must not ask."""
+    where = message.location.get("url", "")
+    missing = message.text.startswith("Failed to load resource") and "elrond" not in where.lower()
+    if not missing and "https://api.comfy.org" not in message.text:
+        page.said.append(f"{message.text} ({where})")
+
+
+@pytest.fixture(scope="module")
+def page(server: Server, browser: Any) -> Iterator[Any]:
+    found = opened(server, browser)
+    yield found
+    found.context.close()
+
+
+@pytest.fixture(scope="module")
+def stored(server: Server) -> str:
+    """A directions file of the test's own, of the demo model's family, that tests may change."""
+    shipped = load_directions(ROOT / "demo" / "directions" / "demo thing.safetensors")
+    save_directions(shipped, server.output / "elrond" / "directions" / "browser.safetensors")
+    return "browser"
+
+
+def graph(file: str) -> dict[str, Any]:
+    """Directions loaded, applied and sampled, small enough for seconds."""
+
+    def node(kind: str, **inputs: Any) -> dict[str, Any]:
+        return {"class_type": kind, "inputs": inputs, "_meta": {"title": kind}}
+
+    steering = {"index": 0, "strength": 0.0, "unit": "token norms", "start": 0.0, "end": 1.0, "concept": ""}
+    sampling = {"seed": 5, "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    return {
+        "1": node("ElrondLoadDemoModel", name="student"),
+        "2": node("ElrondEncodeConcept", clip=["1", 1], prompt="a [thing]", concept="", occurrence=1),
+        "3": node("ElrondLoadDirections", name=file),
+        "4": node("ElrondApplyDirection", conditioning=["2", 0], directions=["3", 0], strengths="", **steering),
+        "5": node("EmptyLatentImage", width=64, height=64, batch_size=1),
+        "6": node("KSampler", model=["1", 0], positive=["4", 0], negative=["2", 0], latent_image=["5", 0], **sampling),
+        "7": node("VAEDecode", samples=["6", 0], vae=["1", 2]),
+        "8": node("PreviewImage", images=["7", 0]),
+    }
+
+
+def show(page: Any, file: str) -> None:
+    """Open the graph with both panels unfolded, Apply Direction in the middle of the view."""
+    page.evaluate("async (graph) => await window.app.loadApiJson(graph, 'browser')", graph(file))
+    page.evaluate(
+        """() => {
+            const { app } = window;
+            const load = app.graph.getNodeById(3), apply = app.graph.getNodeById(4);
+            load.pos = [0, 0];
+            apply.pos = [500, 0];
+            for (const node of [load, apply]) node.setSize([460, node.size[1]]);
+            const seed = app.graph.getNodeById(6).widgets.find((w) => w.name === 'control_after_generate');
+            if (seed) seed.value = 'fixed';
+            app.canvas.ds.scale = 1;
+            app.canvas.ds.offset = [120, 120];
+            app.canvas.setDirty(true, true);
+        }"""
+    )
+    for index in (0, 1):
+        head = page.locator(".elrond-head").nth(index)
+        head.wait_for()
+        if head.get_attribute("aria-expanded") != "true":
+            head.click()
+    page.locator(".elrond-panel li").first.wait_for()
+    page.locator('.elrond-panel input[type="range"]').first.wait_for()
+
+
+def strengths(page: Any) -> str:
+    return page.evaluate("() => window.app.graph.getNodeById(4).widgets.find((w) => w.name === 'strengths').value")
+
+
+def queued(page: Any, server: Server) -> np.ndarray:
+    """The picture of the graph as it is on the page, queued as the button does."""
+    page.evaluate(
+        """() => {
+            window.finished = new Promise((resolve) => {
+                for (const name of ['execution_success', 'execution_error'])
+                    window.app.api.addEventListener(name, () => resolve(name), { once: true });
+            });
+            return window.app.queuePrompt(0);
+        }"""
+    )
+    assert page.evaluate("() => window.finished") == "execution_success"
+    (image,) = page.evaluate("() => window.app.nodeOutputs['8'].images")
+    return np.asarray(Image.open(io.BytesIO(server.view(image))).convert("RGB"), dtype=np.int64)
+
+
+def shot(page: Any, name: str) -> None:
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SHOTS / f"{name}.png")
+
+
+def test_the_pack_loads_without_a_console_error(page: Any) -> None:
+    assert page.evaluate("() => window.app.extensions.some((extension) => extension.name === 'elrond.panel')")
+    assert (
+        page.evaluate("() => Object.keys(LiteGraph.registered_node_types).filter((n) => /^Elrond/.test(n)).length") > 17
+    )
+    # While it starts, the host sets a setting of its own that it does not know, and says so.
+    assert [text for text in page.said if "elrond" in text.lower()] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_workflow_opens_as_it_is_shipped(page: Any, name: str) -> None:
+    """No node is missing, and what the frontend would send is the graph in the API format."""
+    before = len(page.said)
+    workflow = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    page.evaluate("async (graph) => await window.app.loadGraphData(graph, true, true, 'opened')", workflow)
+    page.wait_for_timeout(500)
+    page.keyboard.press("Escape")
+    known = page.evaluate("() => window.app.graph.nodes.map((n) => [n.type, n.has_errors === true])")
+    assert len(known) == len(workflow["nodes"])
+    assert not [kind for kind, bad in known if bad]
+    sent = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+    shipped = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    for node_id, node in sent.items():
+        # The frontend gives the host's own Preview as Text a widget that shows the text.
+        node["inputs"].pop("preview", None)
+        assert node["class_type"] == shipped[node_id]["class_type"]
+        # Optional values that the file leaves out are sent with their defaults.
+        assert {name: node["inputs"][name] for name in shipped[node_id]["inputs"]} == shipped[node_id]["inputs"]
+    assert set(sent) == set(shipped)
+    # Panels make nodes taller; no node may come to lie on another.
+    boxes = page.evaluate("() => window.app.graph.nodes.map((n) => [n.type, ...n.pos, ...n.size])")
+    for i, (kind, x, y, width, height) in enumerate(boxes):
+        for other, x2, y2, width2, height2 in boxes[:i]:
+            apart = x + width <= x2 or x2 + width2 <= x or y + height <= y2 - 30 or y2 + height2 <= y - 30
+            assert apart, (kind, other)
+    page.evaluate("() => { window.app.canvas.ds.scale = 0.5; window.app.canvas.ds.offset = [600, 180]; }")
+    page.evaluate("() => window.app.canvas.setDirty(true, true)")
+    page.wait_for_timeout(500)
+    shot(page, f"workflow-{name}")
+    assert page.said[before:] == []
+
+
+def test_a_slider_changes_the_picture(page: Any, server: Server, stored: str) -> None:
+    show(page, stored)
+    plain = queued(page, server)
+    page.get_by_label("Use direction 0", exact=True).check()
+    assert strengths(page) == "0: 0"
+    assert (queued(page, server) == plain).all()
+    slider = page.get_by_label("Strength of direction 0", exact=True)
+    slider.focus()
+    page.keyboard.press("End")
+    assert strengths(page) == "0: 1"
+    steered = queued(page, server)
+    assert np.abs(steered - plain).max() > 20
+    for _ in range(3):
+        page.keyboard.press("ArrowLeft")
+    assert strengths(page) == "0: 0.97"
+    page.get_by_label("Use direction 0", exact=True).uncheck()
+    assert strengths(page) == ""
+    assert (queued(page, server) == plain).all()
+    # Where the slider stood is remembered.
+    page.get_by_label("Use direction 0", exact=True).check()
+    assert strengths(page) == "0: 0.97"
+
+
+def test_randomise_moves_what_is_on_and_stays_in_its_range(page: Any, stored: str) -> None:
+    show(page, stored)
+    page.get_by_role("button", name="Off").click()
+    page.get_by_role("button", name="Randomise").click()
+    assert page.get_by_text("Switch on the directions to randomise first.").is_visible()
+    for index in (0, 2):
+        page.get_by_label(f"Use direction {index}", exact=True).check()
+    highest = page.get_by_label("Highest strength of the sliders")
+    highest.fill("0.2")
+    highest.press("Tab")
+    lowest = page.get_by_label("Lowest strength of the sliders")
+    lowest.fill("0.3")
+    lowest.press("Tab")
+    assert page.get_by_text("The lowest strength must be below the highest.").is_visible()
+    lowest.fill("0.1")
+    lowest.press("Tab")
+    seen = set()
+    for _ in range(5):
+        page.get_by_role("button", name="Randomise").click()
+        text = strengths(page)
+        values = dict(part.split(": ") for part in text.split(", "))
+        assert set(values) == {"0", "2"}
+        assert all(0.1 <= float(value) <= 0.2 for value in values.values())
+        seen.add(text)
+    assert len(seen) == 5
+    page.get_by_role("button", name="Off").click()
+    assert strengths(page) == ""
+
+
+def test_names_and_stars_are_kept_in_the_file(page: Any, server: Server, stored: str) -> None:
+    show(page, stored)
+    panel = page.locator(".elrond-panel").first
+    name = panel.get_by_label("Name of direction 1")
+    name.focus()
+    page.keyboard.type("rounder")
+    page.keyboard.press("Delete")
+    page.keyboard.press("Tab")
+    page.get_by_label("Strength of rounder").wait_for()
+    panel.get_by_label("Star direction 2").press("Enter")
+    panel.locator('[aria-label="Star direction 2"][aria-pressed="true"]').wait_for()
+    kept = load_directions(server.output / "elrond" / "directions" / f"{stored}.safetensors")
+    assert kept.names[1] == "rounder"
+    assert kept.stars[:3] == (False, False, True)
+    # Delete in a field deletes text, not the node.
+    assert page.evaluate("() => window.app.graph.nodes.length") == 8
+
+
+def test_the_values_live_in_the_workflow(page: Any, stored: str) -> None:
+    """Saved and opened again, the sliders stand where they stood; the panel itself is no value."""
+    show(page, stored)
+    page.get_by_label("Use direction 0", exact=True).check()
+    page.get_by_label("Strength of direction 0", exact=True).press("End")
+    saved = page.evaluate("() => window.app.graph.serialize()")
+    values = {node["type"]: node.get("widgets_values") for node in saved["nodes"]}
+    assert values["ElrondApplyDirection"] == [0, 0, "token norms", 0, 1, "", "0: 1"]
+    assert values["ElrondLoadDirections"] == [stored]
+    page.evaluate("async (graph) => await window.app.loadGraphData(graph, true, true, 'again')", saved)
+    page.get_by_label("Strength of direction 0", exact=True).wait_for()
+    assert page.get_by_label("Use direction 0", exact=True).is_checked()
+    assert page.get_by_label("Strength of direction 0", exact=True).input_value() == "1"
+
+
+def test_a_file_that_appears_is_found(page: Any, server: Server, stored: str) -> None:
+    show(page, stored)
+    new = Directions(torch.eye(128)[:2, None], torch.ones(2), {}, Provenance("Demo", "a thing", "thing"), ("a", "b"))
+    save_directions(new, server.output / "elrond" / "directions" / "dropped in.safetensors")
+    panel = page.locator(".elrond-panel").first
+    panel.get_by_label("Look at the files again").click()
+    page.wait_for_function(
+        "() => window.app.graph.getNodeById(3).widgets[0].options.values.includes('dropped in')", timeout=PATIENCE
+    )
+    page.evaluate(
+        "() => { const w = window.app.graph.getNodeById(3).widgets[0]; w.value = 'dropped in'; w.callback(w.value); }"
+    )
+    page.get_by_label("Strength of b").wait_for()
+    assert page.locator('.elrond-panel input[type="range"]').count() == 2
+
+
+@pytest.mark.parametrize("theme", ["dark", "light"])
+def test_the_panel_can_be_read(server: Server, browser: Any, stored: str, theme: str) -> None:
+    """Text has a contrast of at least 4.5 against what is behind it."""
+    page = opened(server, browser, theme)
+    before = len(page.said)
+    show(page, stored)
+    page.get_by_label("Use direction 0", exact=True).check()
+    page.wait_for_timeout(500)
+    shot(page, f"panel-{theme}")
+    pairs = page.evaluate(
+        """() => {
+            const box = document.querySelector('.elrond-panel');
+            const style = getComputedStyle(box);
+            const input = getComputedStyle(box.querySelector('.elrond-head'));
+            const body = window.LiteGraph.NODE_DEFAULT_BGCOLOR;
+            const faint = getComputedStyle(box.querySelector('.elrond-score'));
+            return [[style.color, body], [input.color, input.backgroundColor], [faint.color, body]];
+        }"""
+    )
+    for text, ground in pairs:
+        assert contrast(text, ground) >= 4.5, (theme, text, ground)
+    assert page.said[before:] == []
+    page.context.close()
+
+
+def contrast(first: str, second: str) -> float:
+    """The contrast ratio of two CSS colours, as the accessibility guidelines define it."""
+    levels = []
+    for colour in (first, second):
+        digits = colour.lstrip("#")
+        if colour.startswith("#"):
+            digits = "".join(2 * d for d in digits) if len(digits) == 3 else digits
+            rgb = [int(digits[i : i + 2], 16) for i in (0, 2, 4)]
+        else:
+            rgb = [float(part) for part in colour.split("(")[1].rstrip(")").split(",")[:3]]
+        linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
+        levels.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return (max(levels) + 0.05) / (min(levels) + 0.05)
+
+
+def test_without_the_script_plain_widgets_remain(server: Server, browser: Any, stored: str) -> None:
+    page = opened(server, browser, without="panel.js")
+    page.evaluate("async (graph) => await window.app.loadApiJson(graph, 'plain')", graph(stored))
+    assert page.locator(".elrond-panel").count() == 0
+    names = page.evaluate("() => window.app.graph.getNodeById(4).widgets.map((w) => w.name)")
+    assert names == ["index", "strength", "unit", "start", "end", "concept", "strengths"]
+    plain = queued(page, server)
+    page.evaluate("() => { window.app.graph.getNodeById(4).widgets.at(-1).value = '0: 1'; }")
+    assert np.abs(queued(page, server) - plain).max() > 20
+    page.context.close()

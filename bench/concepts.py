@@ -24,7 +24,7 @@ from scipy.stats import spearmanr
 from demo.captions import NOUNS, compose, open_factors
 from demo.evaluate import Demo
 from demo.model import LATENT_CHANNELS
-from demo.world import CONTINUOUS, measure
+from demo.world import CONTINUOUS, SHAPES, measure
 
 PACK = host.pack()
 from comfyui_elrond.elrond_core import files  # noqa: E402
@@ -38,8 +38,8 @@ RESULTS = Path(__file__).parent / "results"
 COLLECTIONS = RESULTS / "collections"
 REALIZATIONS, GRADIENTS = 256, 2048
 LEADING = 6
-SEEDS = 12
-STRENGTHS = np.linspace(-1, 1, 9)
+SEEDS = 24
+STRENGTHS = np.linspace(-1, 1, 5)
 # Standard deviation of a uniform number; and how often two of three equally likely shapes differ.
 SPREAD, DIFFERENT = 12**-0.5, 2 / 3
 
@@ -71,8 +71,9 @@ def movements(demo: Demo, noun: str, vectors: torch.Tensor) -> list[dict[str, An
     """What each direction (K, d) does to the factors of the concept's images, within one token norm.
 
     Returns:
-        per direction `rho`: rank correlation of strength and factor within each held-out seed, averaged; `moved`:
-        mean distance between the two ends, in units of the factor's spread; and the share of `valid` images.
+        per direction `rho`: rank correlation of strength and factor within each held-out seed, averaged; `moved`: how
+        far the mean of the seeds moves from one end to the other, in units of the factor's spread (shape: how far its
+        shares move); and the share of `valid` images.
     """
     text = compose(noun, []).text
     rows = demo.encode(text)[0]
@@ -92,8 +93,9 @@ def movements(demo: Demo, noun: str, vectors: torch.Tensor) -> list[dict[str, An
             name: float(np.mean([np.nan_to_num(spearmanr(STRENGTHS, values[name][k, :, i])[0]) for i in range(SEEDS)]))
             for name in CONTINUOUS
         }
-        moved = {name: float(np.abs(values[name][k, -1] - values[name][k, 0]).mean() / SPREAD) for name in CONTINUOUS}
-        moved["shape"] = float((values["shape"][k, -1] != values["shape"][k, 0]).mean() / DIFFERENT)
+        moved = {name: float(abs((values[name][k, -1] - values[name][k, 0]).mean()) / SPREAD) for name in CONTINUOUS}
+        shares = [np.bincount(values["shape"][k, end], minlength=len(SHAPES)) / SEEDS for end in (0, -1)]
+        moved["shape"] = float(np.abs(shares[1] - shares[0]).sum() / 2 / DIFFERENT)
         out.append({"rho": rho, "moved": moved, "valid": float(seen.valid.reshape(shape)[k].float().mean())})
     return out
 

@@ -30,8 +30,8 @@ from .world import CONTINUOUS, SHAPES, measure
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "output" / "demo"
 CONCEPT = "thing"
-STRENGTHS = [-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0]
-HELD_OUT_SEEDS = 12
+STRENGTHS = [-1.0, -0.67, -0.33, 0.0, 0.33, 0.67, 1.0]
+HELD_OUT_SEEDS = 8
 SWEEP_SEED = 7001
 DIRECTIONS = 8
 STEPS = {"teacher": 20, "student": 4}
@@ -112,6 +112,7 @@ def _apply(index: int, strength: float) -> dict[str, Any]:
         "class_type": "ElrondApplyDirection",
         "index": index,
         "strength": strength,
+        "strengths": "",
         "unit": "token norms",
         "start": 0.0,
         "end": 1.0,
@@ -130,6 +131,8 @@ def _diversify(seed: int, lowest: float, highest: float) -> dict[str, Any]:
         "mix": 1,
         "leading": 0,
         "both_signs": True,
+        "how": "random",
+        "weights": "equal",
         "start": 0.0,
         "end": 1.0,
         "concept": "",
@@ -227,8 +230,8 @@ def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where pictures and the summary go")
-    parser.add_argument("--lowest", type=float, default=0.3, help="least strength of the diversified batch")
-    parser.add_argument("--highest", type=float, default=0.7, help="greatest strength of the diversified batch")
+    parser.add_argument("--lowest", type=float, default=0.2, help="least strength of the diversified batch")
+    parser.add_argument("--highest", type=float, default=0.8, help="greatest strength of the diversified batch")
     arguments = parser.parse_args()
     began = time.monotonic()
     output: Path = arguments.output

@@ -33,8 +33,9 @@ from .world import CONTINUOUS, SHAPES, render
 
 SEED = 2602
 BATCH = 64
-# A short warm-up, then a cosine to zero.
-STEPS, WARM_UP, RATE = 4200, 200, 1.2e-3
+# First step, last step and peak learning rate of each leg: a short warm-up, then a cosine to zero.
+LEGS = ((0, 4200, 1.2e-3), (4200, 5400, 7e-4))
+WARM_UP = 100
 EMA = 0.999
 # Shares of the training samples by what the denoiser sees: every row, the noun's row alone, the noun's row inside
 # the rows of the caption without attributes; the rest sees the empty caption, for guidance.
@@ -45,7 +46,7 @@ SHADED, ROW_NOISE = 0.75, 0.2
 # Share of samples at the highest noise level. There the best estimate is the mean of all images of a caption, which
 # is drawn as the mean of so many instead of one, and counts so many times: else what a word does to the mean, on which
 # the gradients of its row depend, would drown in what the images vary by.
-HIGHEST_NOISE, IMAGES_OF_MEAN, WEIGHT_OF_MEAN = 0.25, 32, 10.0
+HIGHEST_NOISE, IMAGES_OF_MEAN, WEIGHT_OF_MEAN = 0.15, 32, 10.0
 OUT = demo_model.WEIGHTS.parent / "training"
 
 
@@ -251,7 +252,9 @@ def velocity(unet: torch.nn.Module, noisy: torch.Tensor, sigma: torch.Tensor, co
 
 def rate_at(step: int) -> float:
     """The learning rate of a step."""
-    return RATE * min(1, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(1, step / STEPS)))
+    first, last, peak = next(leg for leg in LEGS if step < leg[1])
+    share = (step - first) / (last - first)
+    return peak * min(1, (step - first + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def save_atomic(state: dict, path: Path) -> None:
@@ -312,7 +315,7 @@ def train(steps: int, out: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, default=LEGS[-1][1])
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     train(arguments.steps, arguments.out)

@@ -245,3 +245,37 @@ def test_a_shipped_file_is_copied_before_it_is_changed(nodes: dict[str, Any]) ->
     assert SHIPPED.read_bytes() == before
     assert routes.describe("demo thing")["directions"][0]["label"] == "mine"
     (host.output_folder() / "directions" / "demo thing.safetensors").unlink()
+
+
+def test_diversify_leaves_masks_and_other_prompts_alone(
+    nodes: dict[str, Any], teacher: SimpleNamespace, shipped: Directions
+) -> None:
+    tensor, options = teacher.positive[0]
+    mask = torch.ones(1, 64, 64)
+    stock = [torch.zeros_like(tensor), {"pooled_output": None}]
+    settings = {"lowest": 0.2, "highest": 0.4, "unit": "token norms", "mix": 1, "leading": 3, "both_signs": True}
+    out, report = (
+        nodes["ElrondDiversify"]
+        .execute(
+            conditioning=[[tensor, {**options, "mask": mask, "strength": 0.7}], stock],
+            directions=shipped,
+            count=4,
+            seed=1,
+            **settings,
+            start=0.0,
+            end=0.3,
+            concept="",
+            how="spread",
+            weights="by score",
+        )
+        .args
+    )
+    early, late, other = out
+    assert other is stock or (torch.equal(other[0], stock[0]) and other[1] == stock[1])
+    for rows, kept in (early, late):
+        assert len(rows) == 4 and kept["mask"] is mask and kept["strength"] == 0.7
+    assert early[1]["end_percent"] == 0.3 and late[1]["start_percent"] == pytest.approx(0.3, abs=1e-4)
+    assert not torch.equal(early[0][0], early[0][1]) and torch.equal(late[0], tensor.expand(4, -1, -1))
+    # Every line of the report names the parts of a mix, its strength and its unit.
+    assert [line.count(" x direction ") for line in report.splitlines()] == [3] * 4
+    assert all("strength +0." in line and line.endswith("token norms") for line in report.splitlines())

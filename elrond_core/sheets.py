@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -36,7 +37,8 @@ def contact_sheet(
     scale = cell / max(height, width)
     across, down = max(1, round(width * scale)), max(1, round(height * scale))
     size = max(11, min(28, cell // 8))
-    font = ImageFont.load_default(size=size)
+    # Pillow's own font lacks arrows, which names of directions have.
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
     gap, line = max(2, size // 4), round(1.6 * size)
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = round(max(pen.multiline_textbbox((0, 0), label, font=font)[2] for label in rows)) + 2 * size

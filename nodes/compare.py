@@ -24,7 +24,9 @@ class CompareDirections(io.ComfyNode):
                 "Compares what two sets of directions span: two concepts, two methods, or few gradients against many."
             ),
             inputs=[
-                DirectionsIO.Input("reference", tooltip="A: the set to measure against, such as the one from more data."),
+                DirectionsIO.Input(
+                    "reference", tooltip="A: the set to measure against, such as the one from more data."
+                ),
                 DirectionsIO.Input("sample", tooltip="B: the set to judge; of the same model family and width."),
                 io.Float.Input(
                     "limit",

@@ -17,7 +17,7 @@ from .types import DirectionsIO, GradientsIO
 SUFFIX = ".safetensors"
 
 
-def _listed(kind: str) -> list[str]:
+def listed(kind: str) -> list[str]:
     """Names of the pack's files of a kind, newest first, without folder twins."""
     found: dict[str, float] = {}
     for folder in host.file_folders():
@@ -27,12 +27,17 @@ def _listed(kind: str) -> list[str]:
     return sorted(found, key=lambda name: -found[name])
 
 
-def _find(kind: str, name: str) -> Path:
+def find(kind: str, name: str) -> Path:
+    """The file of a kind ("directions", "gradients") that a person named.
+
+    Raises:
+        ElrondError: if the name is none, or there is no such file.
+    """
     for folder in host.file_folders():
         path = files.safe_path(folder / kind, name, SUFFIX)
         if path.is_file():
             return path
-    have = ", ".join(_listed(kind)) or "none yet"
+    have = ", ".join(listed(kind)) or "none yet"
     raise ElrondError(
         f"There is no {kind} file {name!r} in models/elrond/{kind} or output/elrond/{kind}; there are: {have}."
     )
@@ -52,7 +57,7 @@ def _save(kind: str, name: str, overwrite: bool, write: Callable[[Path], None]) 
 def _fingerprint(kind: str, name: str) -> str:
     """Changes when the file does, so that a graph queued again sees the new one."""
     try:
-        status = _find(kind, name).stat()
+        status = find(kind, name).stat()
     except ElrondError:
         return "missing"
     return f"{status.st_mtime_ns}/{status.st_size}"
@@ -123,7 +128,7 @@ class LoadDirections(io.ComfyNode):
             category="ELROND/files",
             description="Loads directions from models/elrond/directions or output/elrond/directions.",
             inputs=[
-                io.Combo.Input("name", options=_listed("directions") or [""], tooltip="Which file; newest first."),
+                io.Combo.Input("name", options=listed("directions") or [""], tooltip="Which file; newest first."),
             ],
             outputs=[
                 DirectionsIO.Output(display_name="directions", tooltip="For Apply Direction and Diversify."),
@@ -137,7 +142,7 @@ class LoadDirections(io.ComfyNode):
         if name is None:
             return True
         try:
-            _find("directions", name)
+            find("directions", name)
         except ElrondError as error:
             return str(error)
         return True
@@ -150,17 +155,14 @@ class LoadDirections(io.ComfyNode):
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
         """Load."""
-        directions = files.load_directions(_find("directions", name))
+        directions = files.load_directions(find("directions", name))
         origin = directions.provenance
         lines = [
             f"{len(directions)} directions by {directions.method.get('name', '?')} for {origin.concept!r} "
             f"in {origin.prompt!r}",
             f"made for {origin.family}, width {directions.width}, from {origin.count} gradients",
         ]
-        lines += [
-            f"{i}: {label or '(no name)'}  {directions.score_name} {score:.4g}"
-            for i, (label, score) in enumerate(zip(directions.names, directions.scores.tolist(), strict=True))
-        ]
+        lines += directions.lines()
         return io.NodeOutput(directions, "\n".join(lines))
 
 
@@ -211,7 +213,7 @@ class LoadGradients(io.ComfyNode):
             category="ELROND/files",
             description="Loads gradients from models/elrond/gradients or output/elrond/gradients.",
             inputs=[
-                io.Combo.Input("name", options=_listed("gradients") or [""], tooltip="Which file; newest first."),
+                io.Combo.Input("name", options=listed("gradients") or [""], tooltip="Which file; newest first."),
             ],
             outputs=[GradientsIO.Output(display_name="gradients", tooltip="For Fit PCA, Train SAE, Estimate LID.")],
         )
@@ -222,7 +224,7 @@ class LoadGradients(io.ComfyNode):
         if name is None:
             return True
         try:
-            _find("gradients", name)
+            find("gradients", name)
         except ElrondError as error:
             return str(error)
         return True
@@ -235,7 +237,7 @@ class LoadGradients(io.ComfyNode):
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
         """Load."""
-        return io.NodeOutput(files.load_gradients(_find("gradients", name)))
+        return io.NodeOutput(files.load_gradients(find("gradients", name)))
 
 
 NODES = [SaveDirections, LoadDirections, SaveGradients, LoadGradients]

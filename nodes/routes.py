@@ -46,7 +46,7 @@ def describe(name: str) -> dict[str, Any]:
     Raises:
         ElrondError: if there is no such file, or it is damaged.
     """
-    directions = files.load_directions(shelf._find(KIND, name))
+    directions = files.load_directions(shelf.find(KIND, name))
     entries = []
     for i, score in enumerate(directions.scores.tolist()):
         digest = directions.digest(i)
@@ -78,7 +78,7 @@ def change(name: str, index: int, label: str | None, star: bool | None) -> None:
     Raises:
         ElrondError: if there is no such file or direction, or the label is too long.
     """
-    path = shelf._find(KIND, name)
+    path = shelf.find(KIND, name)
     directions = files.load_directions(path)
     directions.pick(index)
     if label is not None and (len(label) > LONGEST or not label.isprintable()):
@@ -100,7 +100,7 @@ async def _answer(work: Callable[..., Any], *arguments: Any) -> web.Response:
 
 async def get_files(request: web.Request) -> web.Response:
     """Names of all directions files."""
-    return await _answer(lambda: {"names": shelf._listed(KIND)})
+    return await _answer(lambda: {"names": shelf.listed(KIND)})
 
 
 async def get_directions(request: web.Request) -> web.Response:

@@ -89,7 +89,11 @@ class LIDReport:
 
     @property
     def dimension(self) -> float:
-        """The estimate to use: the effective dimension where the response was collected, else the noise floor's."""
+        """What a user is shown: the effective dimension where the response was collected, else the noise floor's.
+
+        Neither is proven to follow a concept's complexity: on the demo's concepts the first has a rank correlation of
+        0.11 with the number of open factors.
+        """
         return float(self.estimate) if self.response is None else self.response
 
     def lines(self) -> list[str]:

@@ -91,7 +91,7 @@ class FitResponse(io.ComfyNode):
                 io.Boolean.Input(
                     "rotate",
                     default=True,
-                    tooltip="Turn the movements kept so that they vary independently of one another (ICA): tells apart "
+                    tooltip="Turn the movements kept so that they vary independently of one another (ICA): meant for "
                     "factors that vary about equally much, such as left-right and up-down.",
                 ),
             ],

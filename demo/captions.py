@@ -85,9 +85,10 @@ def compose(noun: str, words: list[str]) -> Caption:
 
 
 def draw_caption(generator: torch.Generator) -> Caption:
-    """A random caption: noun uniform, number of named attributes uniform, their order random."""
+    """A random caption: noun by the number of its open factors, number of named attributes uniform, order random."""
     nouns = list(NOUNS)
-    noun = nouns[int(torch.randint(len(nouns), (1,), generator=generator))]
+    weights = torch.tensor([float(len(open_factors(noun))) for noun in nouns])
+    noun = nouns[int(torch.multinomial(weights, 1, generator=generator))]
     free = open_factors(noun)
     count = int(torch.randint(len(free) + 1, (1,), generator=generator))
     chosen = [free[i] for i in torch.randperm(len(free), generator=generator)[:count].tolist()]

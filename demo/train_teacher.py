@@ -34,15 +34,15 @@ from .world import CONTINUOUS, SHAPES, render
 SEED = 2602
 BATCH = 64
 # First step, last step and peak learning rate of each leg: a short warm-up, then a cosine to zero.
-LEGS = ((0, 4200, 1.2e-3), (4200, 5400, 7e-4))
+LEGS = ((0, 4200, 1.2e-3), (4200, 5400, 7e-4), (5400, 10400, 1e-3))
 WARM_UP = 100
 EMA = 0.999
 # Shares of the training samples by what the denoiser sees: every row, the noun's row alone, the noun's row inside
 # the rows of the caption without attributes; the rest sees the empty caption, for guidance.
-FULL, ALONE, INSIDE = 0.30, 0.28, 0.35
+FULL, ALONE, INSIDE = 0.36, 0.24, 0.33
 # Of the samples that show the noun's row without its attributes: the share that is shaded. The noise added to all of
 # them is at most this share of the row's norm.
-SHADED, ROW_NOISE = 0.75, 0.2
+SHADED, ROW_NOISE = 0.6, 0.2
 # Share of samples at the highest noise level. There the best estimate is the mean of all images of a caption, which
 # is drawn as the mean of so many instead of one, and counts so many times: else what a word does to the mean, on which
 # the gradients of its row depend, would drown in what the images vary by.

@@ -7,6 +7,7 @@ the word would have to move to turn A's image into B's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,6 +31,9 @@ class Denoiser(Protocol):
 
     def denoised(self, noisy: torch.Tensor, sigma: float, rows: torch.Tensor) -> torch.Tensor:
         """Equation 2: the clean estimate (B, …), differentiable in `rows` (B, R, d), sample by sample."""
+
+    def spare(self) -> bool:
+        """Need less memory from now on, at the cost of time; False if there is no way left to."""
 
 
 @dataclass(frozen=True)
@@ -72,21 +76,30 @@ class Gradients:
         return self.vectors.flatten(1)
 
 
-def draw_pairs(count: int, realizations: int, seed: int) -> torch.Tensor:
+def draw_pairs(count: int, realizations: int, seed: int, targets: int = 1) -> torch.Tensor:
     """`count` random pairs of distinct realizations, (count, 2) int64; pair i depends on the seed and i only.
 
+    Each source is drawn for `targets` pairs in a row, whose targets differ.
+
     Raises:
-        ElrondError: if there are fewer than two realizations.
+        ElrondError: if there are fewer than two realizations, or not one for every target.
     """
     if realizations < 2:
         raise ElrondError(f"Gradients need at least two realizations to compare, and there is {realizations}.")
+    if not 1 <= targets < realizations:
+        raise ElrondError(
+            f"Of {realizations} realizations each can be compared with 1 to {realizations - 1} others, not {targets}."
+        )
     pairs = torch.empty(count, 2, dtype=torch.int64)
-    for i in range(count):
-        g = generator(seed, "pair", i)
+    for i in range(0, count, targets):
+        g = generator(seed, "pair", i // targets)
         source = torch.randint(realizations, (1,), generator=g)
         # Counting up from the source by 1 … n-1 keeps the two distinct and every pair equally likely.
-        step = torch.randint(1, realizations, (1,), generator=g)
-        pairs[i, 0], pairs[i, 1] = source, (source + step) % realizations
+        steps: dict[int, None] = {}
+        while len(steps) < targets:
+            steps[int(torch.randint(1, realizations, (1,), generator=g))] = None
+        pairs[i : i + targets, 0] = source
+        pairs[i : i + targets, 1] = (source + torch.tensor(list(steps))[: count - i]) % realizations
     return pairs
 
 
@@ -98,38 +111,106 @@ def gradient(
     sigma: float,
     probe: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of a batch of pairs, and the response to white noise if asked for.
+    """Gradients of a batch of pairs, and the response to white noise if asked for, from one forward pass.
 
     Args:
         denoiser: the model.
         source: latents A, (B, …).
-        target: latents B, as they are, (B, …).
+        target: latents B, as they are, (B, …); or (T, B, …) for T targets of each source.
         noise: standard normal, (B, …).
         sigma: noise level.
         probe: standard normal white noise (B, …) to back-propagate as well, or None.
 
     Returns:
-        float32 (B, R, d) on the CPU: the gradient of mean((x̂0 - B)²) for each sample, whatever the batch; and
-        2/n·Jᵀ·probe, n the number of latent values, on the same scale.
+        float32 on the CPU: the gradient of mean((x̂0 - B)²) for each sample, whatever the batch, (B, R, d), or
+        (T, B, R, d) for T targets; and 2/n·Jᵀ·probe (B, R, d), n the number of latent values, on the same scale.
     """
     rows = denoiser.rows.expand(len(source), *denoiser.rows.shape).clone().requires_grad_(True)
     noisy = denoiser.noised(source, noise, sigma)
     with torch.enable_grad():
         estimate = denoiser.denoised(noisy, sigma, rows)
-        if not estimate.requires_grad:
-            raise ElrondError("The model's output does not depend on the concept's rows in a differentiable way.")
-        # Summed over the batch, averaged within a sample: gradient length must not depend on the batch size.
-        scale = 2.0 / estimate[0].numel()
-        cotangent = scale * (estimate.detach() - target.to(estimate))
-        (vectors,) = torch.autograd.grad(estimate, rows, cotangent, retain_graph=probe is not None)
-        response = None
-        if probe is not None:
-            (response,) = torch.autograd.grad(estimate, rows, scale * probe.to(estimate))
-    if not torch.isfinite(vectors).all():
+    if not estimate.requires_grad:
+        raise ElrondError("The model's output does not depend on the concept's rows in a differentiable way.")
+    # Summed over the batch, averaged within a sample: gradient length must not depend on the batch size.
+    scale = 2.0 / estimate[0].numel()
+    several = target.ndim > source.ndim
+    # The Jacobian is the same for all: what differs is the vector that is back-propagated.
+    cotangents = [scale * (estimate.detach() - one.to(estimate)) for one in (target if several else target[None])]
+    if probe is not None:
+        cotangents.append(scale * probe.to(estimate))
+    found = []
+    while cotangents:
+        (vectors,) = torch.autograd.grad(estimate, rows, cotangents.pop(0), retain_graph=bool(cotangents))
+        found.append(vectors.float().cpu())
+    response = found.pop() if probe is not None else None
+    gradients = torch.stack(found) if several else found[0]
+    if not torch.isfinite(gradients).all():
         raise ElrondError(
             "The model returned gradients that are not finite; load it in bfloat16 or float32 rather than float16."
         )
-    return vectors.float().cpu(), None if response is None else response.float().cpu()
+    return gradients, response
+
+
+class Differentiator:
+    """`gradient` of one denoiser, for batches of any size: one that does not fit into memory is halved.
+
+    Later batches are run in parts of the size that did fit. When a single sample does not, the denoiser is asked to
+    spare memory.
+
+    Raises:
+        ElrondError: if a single sample does not fit, however much is spared.
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self._denoiser = denoiser
+        self._limit: int | None = None
+
+    def __call__(
+        self,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        noise: torch.Tensor,
+        sigma: float,
+        probe: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `gradient`."""
+        found: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        start, size = 0, self._limit or len(source)
+        while start < len(source):
+            part = slice(start, start + size)
+            try:
+                found.append(
+                    gradient(
+                        self._denoiser,
+                        source[part],
+                        target[:, part] if target.ndim > source.ndim else target[part],
+                        noise[part],
+                        sigma,
+                        None if probe is None else probe[part],
+                    )
+                )
+                start += size
+                continue
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+            # Only here has the failed attempt, which the error refers to, let go of its tensors.
+            if size > 1:
+                size = self._limit = min(size, len(source) - start) // 2 or 1
+            elif not self._denoiser.spare():
+                raise ElrondError(
+                    "There is too little memory for a single gradient of images this large: sample smaller "
+                    "realizations, or close other programs that use the same device."
+                )
+        vectors, responses = zip(*found, strict=True)
+        return torch.cat(vectors, dim=target.ndim - source.ndim), None if probe is None else torch.cat(responses)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    # Not every device has a class of its own for this.
+    return isinstance(error, torch.cuda.OutOfMemoryError) or bool(
+        re.search(r"out of memory|can't allocate memory|not enough memory", str(error))
+    )
 
 
 def collect(
@@ -142,6 +223,7 @@ def collect(
     batch_size: int = 8,
     response: bool = False,
     on_batch: Callable[[int], None] | None = None,
+    targets: int = 1,
 ) -> Gradients:
     """Collect gradients of random pairs of realizations at one noise level.
 
@@ -152,39 +234,42 @@ def collect(
         count: number of gradients.
         sigma: noise level, in the model's units.
         seed: fixes pairs and noise; gradient i depends on (seed, i) only.
-        batch_size: pairs a forward pass.
+        batch_size: noised realizations a forward pass; fewer where they do not fit into memory.
         response: also back-propagate white noise at every point.
         on_batch: called with the number of gradients so far; may raise to stop.
+        targets: others that each noised realization is compared with: gradients a forward pass. The response is
+            taken once for all of them.
 
     Raises:
-        ElrondError: if count < 1, sigma ≤ 0, or there are fewer than two realizations.
+        ElrondError: if count < 1, sigma ≤ 0, there are too few realizations, or too little memory for one gradient.
     """
     if count < 1:
         raise ElrondError(f"The number of gradients must be at least 1, got {count}.")
     if sigma <= 0:
         raise ElrondError(f"The noise level must be above zero, got {sigma}.")
-    pairs = draw_pairs(count, len(realizations), seed)
+    pairs = draw_pairs(count, len(realizations), seed, targets)
     shape = tuple(realizations.shape[1:])
+    differentiate = Differentiator(denoiser)
     found, responses = [], []
-    for indices in _batches(count, batch_size):
-        source, target = pairs[indices].unbind(1)
+    for indices in _batches(-(-count // targets), batch_size):
         probe = normal(shape, seed, "probe", indices) if response else None
-        vectors, answered = gradient(
-            denoiser,
-            realizations[source],
-            realizations[target],
+        # The last source may have fewer targets; it is compared with one of them again, and the surplus is dropped.
+        places = (torch.tensor(indices) * targets + torch.arange(targets)[:, None]).clamp(max=count - 1)
+        vectors, answered = differentiate(
+            realizations[pairs[places[0], 0]],
+            realizations[pairs[places, 1]],
             normal(shape, seed, "noise", indices),
             sigma,
             probe,
         )
-        found.append(vectors)
+        found.append(vectors.transpose(0, 1).flatten(0, 1))
         if answered is not None:
             responses.append(answered)
         if on_batch:
-            on_batch(indices[-1] + 1)
+            on_batch(min(count, (indices[-1] + 1) * targets))
     rows = denoiser.rows
     return Gradients(
-        vectors=torch.cat(found),
+        vectors=torch.cat(found)[:count],
         sigma=torch.full((count,), float(sigma)),
         sources=pairs[:, 0],
         targets=pairs[:, 1],

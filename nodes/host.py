@@ -16,7 +16,6 @@ import functools
 import inspect
 import re
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,8 +31,8 @@ import comfy.utils
 import folder_paths
 import latent_preview
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..elrond_core.checkpointing import Checkpointing, Footprint, SavedTensors, blocks_of, footprint
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.seeding import generator, normal
 from ..elrond_core.steering import steer
@@ -338,6 +337,12 @@ class HostDenoiser:
         self._encoded: torch.Tensor = entry["cross_attn"]
         self._index = torch.tensor(entry[MARK]["concepts"][0].rows)
         self.rows: torch.Tensor = self._encoded[0, self._index].float().cpu().clone()
+        self.checkpointing = Checkpointing(blocks_of(guider.inner_model.diffusion_model), SavedTensors())
+        # Whether activations are computed again instead of kept.
+        self.recomputes = False
+        # The largest batch that there is room for.
+        self._planned = 0
+        self.footprint: Footprint | None = None
 
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:
         """Equation 1, by the model's own noise schedule."""
@@ -347,8 +352,50 @@ class HostDenoiser:
         # The host adds the latents in place.
         return sampling.noise_scaling(level, noise.to(device, copy=True), latents.to(device), False)
 
+    def spare(self) -> bool:
+        """Compute activations again instead of keeping them; False if they are already."""
+        before, self.recomputes = self.recomputes, True
+        return not before
+
     def denoised(self, noisy: torch.Tensor, sigma: float, rows: torch.Tensor) -> torch.Tensor:
         """Equation 2: what the sampler calls `denoised`, with the concept's rows replaced."""
+        if not (torch.is_grad_enabled() and rows.requires_grad):
+            return self._denoised(noisy, sigma, rows)
+        self.make_room(noisy, sigma, rows)
+        with self.checkpointing.active() if self.recomputes else contextlib.nullcontext():
+            estimate = self._denoised(noisy, sigma, rows)
+        if not estimate.requires_grad:
+            raise ElrondError(
+                f"{_name(self._guider.inner_model)} cannot be differentiated at this noise level: its estimate does "
+                "not depend on the concept's rows."
+            )
+        return estimate
+
+    def make_room(self, noisy: torch.Tensor, sigma: float, rows: torch.Tensor) -> None:
+        """Decide whether to keep activations, by what one sample's take, and have the host free memory for them."""
+        if len(noisy) <= self._planned:
+            return
+        model, manager = self._guider.inner_model, comfy.model_management
+        if self.footprint is None:
+            weights = (*model.parameters(), *model.buffers())
+            self.footprint = footprint(
+                self.checkpointing.blocks,
+                lambda: self._denoised(noisy[:1], sigma, rows[:1]),
+                weights,
+                noisy.device,
+            )
+        self._planned = len(noisy)
+        # What the forward pass itself needs, by the host's own estimate.
+        passing = model.memory_required(list(noisy.shape))
+        kept, least = (passing + len(noisy) * each for each in (self.footprint.plain, self.footprint.checkpointed))
+        if manager.get_free_memory(noisy.device) < kept:
+            # Other models give way rather than time is spent; this model's own weights only where it must be.
+            models = [self._guider.model_patcher, *self._guider.loaded_models]
+            manager.load_models_gpu(models, memory_required=kept, minimum_memory_required=least)
+            _normal_copies(model)
+        self.recomputes = self.recomputes or manager.get_free_memory(noisy.device) < kept
+
+    def _denoised(self, noisy: torch.Tensor, sigma: float, rows: torch.Tensor) -> torch.Tensor:
         encoded = self._encoded[:1].to(rows).expand(len(rows), -1, -1)
         encoded = encoded.index_copy(1, self._index.to(rows.device), rows)
         entry = {**self._entry, "cross_attn": encoded}
@@ -360,15 +407,9 @@ class HostDenoiser:
         self._guider.conds = {**before, "positive": [self._replaced(e, entry) for e in before["positive"]]}
         try:
             level = torch.full((len(noisy),), sigma, device=noisy.device)
-            estimate = self._guider(noisy, level, model_options=self._options, seed=self._seed)
+            return self._guider(noisy, level, model_options=self._options, seed=self._seed)
         finally:
             self._guider.conds = before
-        if torch.is_grad_enabled() and rows.requires_grad and not estimate.requires_grad:
-            raise ElrondError(
-                f"{_name(self._guider.inner_model)} cannot be differentiated at this noise level: its estimate does "
-                "not depend on the concept's rows."
-            )
-        return estimate
 
     def _replaced(self, entry: dict[str, Any], marked: dict[str, Any]) -> dict[str, Any]:
         if entry is self._entry:
@@ -424,7 +465,7 @@ class _Visit(comfy.samplers.Sampler):
             if "modified by an inplace operation" not in str(error):
                 raise
         # Flux and its kin add to their hidden states in place. Only they pay for the remedy.
-        remedy = _SavedBeforeWriting()
+        remedy = denoiser.checkpointing.saved
         with remedy, torch.autograd.graph.saved_tensors_hooks(remedy.pack, remedy.unpack):
             return self.work(denoiser, latents)
 
@@ -443,52 +484,6 @@ def _attention(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if function.__name__ in _INFERENCE_ONLY:
         function = comfy.ldm.modules.attention.attention_pytorch
     return function(*args, **kwargs)
-
-
-class _Saved:
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-
-
-class _SavedBeforeWriting(TorchDispatchMode):
-    """Copies a tensor that was saved for the backward pass before the model overwrites its memory in place.
-
-    `torch.autograd.graph.allow_mutation_on_saved_tensors` does the same by address, and misses a saved part of a
-    larger tensor when the whole is overwritten; here what counts is the memory they share.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._saved: dict[int, weakref.WeakSet[_Saved]] = {}
-        self._written: dict[Any, list[tuple[int, str]]] = {}
-
-    def pack(self, tensor: torch.Tensor) -> _Saved:
-        """What autograd keeps instead of the tensor."""
-        saved = _Saved(tensor)
-        self._saved.setdefault(tensor.untyped_storage().data_ptr(), weakref.WeakSet()).add(saved)
-        return saved
-
-    def unpack(self, saved: _Saved) -> torch.Tensor:
-        """The tensor as it was."""
-        return saved.tensor
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func not in self._written:
-            self._written[func] = [
-                (place, argument.name)
-                for place, argument in enumerate(func._schema.arguments)
-                if argument.alias_info is not None and argument.alias_info.is_write
-            ]
-        for place, name in self._written[func]:
-            written = args[place] if place < len(args) else kwargs.get(name)
-            for tensor in written if isinstance(written, (list, tuple)) else [written]:
-                if isinstance(tensor, torch.Tensor):
-                    for saved in self._saved.pop(tensor.untyped_storage().data_ptr(), ()):
-                        saved.tensor = saved.tensor.clone()
-        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,9 @@ class Network:
         self.second = torch.randn(24, 32, generator=g, dtype=torch.float64) * scale / 5
         self.sizes: list[int] = []
 
+    def spare(self) -> bool:
+        return False
+
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:
         return (1 - sigma) * latents + sigma * noise
 
@@ -117,6 +120,78 @@ def test_cancelling(realizations: torch.Tensor) -> None:
         run(realizations, batch_size=2, on_batch=cancel)
 
 
+@pytest.mark.parametrize("targets", [2, 5])
+def test_one_forward_pass_serves_several_targets(realizations: torch.Tensor, targets: int) -> None:
+    model = Network()
+    found = collect(model, realizations, HERE, 12, 0.7, 3, batch_size=2, response=True, targets=targets)
+    sources = -(-12 // targets)
+    assert sum(model.sizes) == sources and len(found) == 12 and len(found.response) == sources
+    noise = normal(SHAPE, 3, "noise", list(range(sources)))
+    probes = normal(SHAPE, 3, "probe", list(range(sources)))
+    for i in range(12):
+        a, b = realizations[found.sources[i]][None], realizations[found.targets[i]][None]
+        k = slice(i // targets, i // targets + 1)
+        alone, answer = gradient(model, a, b, noise[k], 0.7, probes[k])
+        assert torch.allclose(found.vectors[i], alone[0], rtol=1e-5, atol=1e-9)
+        assert torch.allclose(found.response[k], answer, rtol=1e-5, atol=1e-9)
+    for k in range(0, 12, targets):
+        group = slice(k, k + targets)
+        assert len(set(found.targets[group].tolist())) == len(found.targets[group])
+
+
+class Small(Network):
+    """Has memory for some samples only, and for more once it spares; runs out in the forward or the backward pass."""
+
+    def __init__(self, limit: int, spared: int = 0, backward: bool = False) -> None:
+        super().__init__()
+        self.limit, self.spared, self.backward = limit, spared, backward
+
+    def spare(self) -> bool:
+        before, self.limit = self.limit, max(self.limit, self.spared)
+        return self.limit > before
+
+    def denoised(self, noisy: torch.Tensor, sigma: float, rows: torch.Tensor) -> torch.Tensor:
+        estimate = super().denoised(noisy, sigma, rows)
+        if self.backward:
+            estimate.register_hook(lambda _: self.check(len(noisy)))
+        else:
+            self.check(len(noisy))
+        return estimate
+
+    def check(self, size: int) -> None:
+        if size > self.limit:
+            raise torch.cuda.OutOfMemoryError("Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_batch_that_does_not_fit_is_halved(realizations: torch.Tensor, backward: bool) -> None:
+    model = Small(limit=2, backward=backward)
+    options = {"batch_size": 7, "response": True, "targets": 2}
+    found = collect(model, realizations, HERE, 20, 0.7, 3, **options)
+    expected = collect(Network(), realizations, HERE, 20, 0.7, 3, **options)
+    # Seven and three do not fit; what comes after that does not try again.
+    assert model.sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+    assert torch.allclose(found.vectors, expected.vectors, rtol=1e-5, atol=1e-9)
+    assert torch.allclose(found.response, expected.response, rtol=1e-5, atol=1e-9)
+
+
+def test_memory_is_spared_when_a_single_sample_does_not_fit(realizations: torch.Tensor) -> None:
+    found = collect(Small(limit=0, spared=1), realizations, HERE, 5, 0.7, 3, batch_size=2)
+    expected = collect(Network(), realizations, HERE, 5, 0.7, 3, batch_size=2)
+    assert torch.allclose(found.vectors, expected.vectors, rtol=1e-5, atol=1e-9)
+    with pytest.raises(ElrondError, match="too little memory for a single gradient"):
+        collect(Small(limit=0), realizations, HERE, 5, 0.7, 3, batch_size=2)
+
+
+def test_other_faults_of_the_model_are_not_taken_for_a_lack_of_memory(realizations: torch.Tensor) -> None:
+    class Faulty(Network):
+        def denoised(self, noisy: torch.Tensor, sigma: float, rows: torch.Tensor) -> torch.Tensor:
+            return super().denoised(noisy[:, :1], sigma, rows)
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        collect(Faulty(), realizations, HERE, 5, 0.7, 3)
+
+
 def test_pairs() -> None:
     pairs = draw_pairs(4000, 5, 0)
     assert (pairs[:, 0] != pairs[:, 1]).all() and pairs.min() == 0 and pairs.max() == 4
@@ -124,6 +199,10 @@ def test_pairs() -> None:
     counts = torch.bincount(pairs[:, 0] * 5 + pairs[:, 1], minlength=25).reshape(5, 5)
     # 200 expected of each of the twenty ordered pairs; five standard deviations are 69.
     assert (counts.fill_diagonal_(200) - 200).abs().max() < 69
+    shared = draw_pairs(4000, 5, 0, targets=4).view(1000, 4, 2)
+    assert (shared[:, :, 0] == shared[:, :1, 0]).all()
+    assert (shared.sum(1)[:, 1] + shared[:, 0, 0] == 0 + 1 + 2 + 3 + 4).all()
+    assert torch.equal(shared.flatten(0, 1)[:99], draw_pairs(99, 5, 0, targets=4))
 
 
 class Detached(Network):
@@ -138,6 +217,8 @@ def test_what_is_refused(realizations: torch.Tensor) -> None:
         run(realizations, sigma=0)
     with pytest.raises(ElrondError, match="two realizations to compare, and there is 1"):
         run(realizations[:1])
+    with pytest.raises(ElrondError, match="each can be compared with 1 to 5 others, not 6"):
+        run(realizations, targets=6)
     a = realizations[:1]
     with pytest.raises(ElrondError, match="does not depend on the concept's rows"):
         gradient(Detached(), a, a, a, 0.5)

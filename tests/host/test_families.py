@@ -15,6 +15,7 @@ import comfy.sd
 import pytest
 import torch
 from comfy_extras import nodes_model_advanced
+from comfyui_elrond.elrond_core.checkpointing import SavedTensors
 from comfyui_elrond.elrond_core.errors import ElrondError
 from comfyui_elrond.elrond_core.gradients import collect, gradient
 from comfyui_elrond.elrond_core.provenance import Provenance
@@ -336,7 +337,7 @@ def test_two_collections_of_one_model(family: Family) -> None:
 def test_the_remedy_for_writing_in_place_is_gone_afterwards() -> None:
     def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> None:
         gradient(denoiser, realizations[:1], realizations[1:], realizations[:1], 1.0)
-        assert isinstance(_get_current_dispatch_mode(), host._SavedBeforeWriting)
+        assert isinstance(_get_current_dispatch_mode(), SavedTensors)
         raise RuntimeError("stop here")
 
     with pytest.raises(RuntimeError, match="stop here"):
@@ -349,7 +350,7 @@ def test_the_remedy_for_writing_in_place_is_gone_afterwards() -> None:
 def test_saved_parts_survive_writing_to_the_whole() -> None:
     x = torch.arange(6.0, requires_grad=True)
     expected = torch.tensor([0.0, 0.0, 0.0, 2 * 3, 2 * 4, 2 * 5])
-    remedy = host._SavedBeforeWriting()
+    remedy = SavedTensors()
     with remedy, torch.autograd.graph.saved_tensors_hooks(remedy.pack, remedy.unpack):
         whole = x.clone()
         out = whole[3:].square().sum()

@@ -1,0 +1,287 @@
+"""Memory of the backward pass: counted, and spared by activation checkpointing (Chen et al., arXiv 1604.06174).
+
+With checkpointing a block keeps its inputs only; the rest of what its backward pass needs is computed again when it is
+due. `torch.utils.checkpoint` does not serve here: it does not notice when a tensor that its second run saved is
+overwritten in place, as Flux and its kin do, and its second run sees the options that the model has changed since.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+
+def blocks_of(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The repeated blocks of a denoiser: what its lists of layers hold.
+
+    Of a UNet the residual blocks and, within its spatial transformers, the transformer blocks; of a transformer the
+    blocks of every stream.
+    """
+    listed = isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential))
+    found: dict[torch.nn.Module, None] = {}
+    for part in module.children():
+        whole = listed and not isinstance(part, (torch.nn.ModuleList, torch.nn.Sequential))
+        if not whole or any(_repeats(child) for child in part.children()):
+            found.update(dict.fromkeys(blocks_of(part)))
+        elif next(part.children(), None) is not None:
+            found[part] = None
+    return list(found)
+
+
+def _repeats(module: torch.nn.Module) -> bool:
+    """Whether this is a list of blocks of one class."""
+    if not isinstance(module, torch.nn.ModuleList) or len({type(part) for part in module}) != 1:
+        return False
+    return next(module[0].children(), None) is not None
+
+
+def _unused(packed: Any) -> torch.Tensor:
+    raise RuntimeError("There is no backward pass through this run.")
+
+
+@contextlib.contextmanager
+def _wrapped(blocks: Iterable[torch.nn.Module], around: Callable[..., Any]) -> Iterator[None]:
+    """For the time being, a block's `forward(...)` is `around(forward, ...)`."""
+    with contextlib.ExitStack() as undo:
+        for block in blocks:
+            if "forward" in vars(block):
+                undo.callback(setattr, block, "forward", block.forward)
+            else:
+                undo.callback(delattr, block, "forward")
+            block.forward = functools.partial(around, block.forward)
+        yield
+
+
+class _Saved:
+    """A tensor that must not change until it is used."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.requires_grad = tensor.requires_grad
+        self.keep(tensor.detach())
+
+    def keep(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        self._version = _version(tensor)
+
+    def get(self) -> torch.Tensor:
+        if _version(self._tensor) != self._version:
+            # As torch says where it notices this itself.
+            raise RuntimeError("A tensor saved for the backward pass has been modified by an inplace operation.")
+        return self._tensor
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class SavedTensors(TorchDispatchMode):
+    """Keeps tensors for the backward pass.
+
+    While it is active as a mode, it copies a kept tensor before the model overwrites its memory in place; without, a
+    tensor that was overwritten is a RuntimeError when it is used.
+    `torch.autograd.graph.allow_mutation_on_saved_tensors` does the same by address, and misses a saved part of a
+    larger tensor when the whole is overwritten; here what counts is the memory they share.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active = False
+        self._saved: dict[int, weakref.WeakSet[_Saved]] = {}
+        self._written: dict[Any, list[tuple[int, str]]] = {}
+
+    def __enter__(self) -> SavedTensors:
+        self.active = True
+        return super().__enter__()
+
+    def __exit__(self, *reason: Any) -> None:
+        self.active = False
+        super().__exit__(*reason)
+
+    def pack(self, tensor: torch.Tensor) -> _Saved:
+        """What is kept instead of the tensor."""
+        saved = _Saved(tensor)
+        if self.active:
+            self._saved.setdefault(tensor.untyped_storage().data_ptr(), weakref.WeakSet()).add(saved)
+        return saved
+
+    def unpack(self, saved: _Saved) -> torch.Tensor:
+        """The tensor as it was, without its history."""
+        return saved.get()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in self._written:
+            self._written[func] = [
+                (place, argument.name)
+                for place, argument in enumerate(func._schema.arguments)
+                if argument.alias_info is not None and argument.alias_info.is_write
+            ]
+        for place, name in self._written[func]:
+            written = args[place] if place < len(args) else kwargs.get(name)
+            for tensor in written if isinstance(written, (list, tuple)) else [written]:
+                if isinstance(tensor, torch.Tensor):
+                    for saved in self._saved.pop(tensor.untyped_storage().data_ptr(), ()):
+                        saved.keep(saved.get().clone())
+        return func(*args, **kwargs)
+
+
+class _Run:
+    """One run of a block of which only the inputs are kept."""
+
+    def __init__(
+        self, owner: Checkpointing, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._owner = owner
+        self._forward = forward
+        # Containers are copied on the way, because models write into the options that they hand to their blocks.
+        self._inputs = tree_map_only(torch.Tensor, owner.saved.pack, (args, kwargs))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        self._device = next((t.device.type for t in tensors if t.device.type != "cpu"), None)
+        self._random = torch.get_rng_state(), *get_device_states(*tensors)
+        self._count = 0
+        self.again: dict[int, _Saved] = {}
+
+    def pack(self, tensor: torch.Tensor) -> int:
+        self._count += 1
+        return self._count - 1
+
+    def unpack(self, place: int) -> torch.Tensor:
+        if place not in self.again:
+            self._owner.only(self)
+            self._repeat()
+        return self._owner.saved.unpack(self.again.pop(place))
+
+    def _repeat(self) -> None:
+        again: list[_Saved] = []
+        saved = self._owner.saved
+
+        def keep(tensor: torch.Tensor) -> None:
+            again.append(saved.pack(tensor))
+
+        def as_it_was(kept: _Saved) -> torch.Tensor:
+            # The block may write into a copy; and what requires a gradient cannot be written to unless it is one.
+            tensor = kept.get().detach().requires_grad_(kept.requires_grad)
+            return tensor.clone() if saved.active else tensor
+
+        cpu, devices, states = self._random
+        with (
+            torch.enable_grad(),
+            torch.random.fork_rng(devices, device_type=self._device or "cuda"),
+            torch.autograd.graph.saved_tensors_hooks(keep, _unused),
+        ):
+            torch.set_rng_state(cpu)
+            if states:
+                set_device_states(devices, states)
+            args, kwargs = tree_map_only(_Saved, as_it_was, self._inputs)
+            self._forward(*args, **kwargs)
+        if len(again) != self._count:
+            raise RuntimeError(f"A block saved {self._count} tensors, and {len(again)} when it ran again.")
+        self.again = dict(enumerate(again))
+
+
+class Checkpointing:
+    """Activation checkpointing of blocks; nothing stays patched outside `active`.
+
+    Gradients are bit by bit those without it, where the same kernels run twice alike. Several backward passes through
+    one forward pass are possible; each runs the blocks again.
+
+    Attributes:
+        blocks: the modules whose activations are not kept.
+        saved: keeps what is kept.
+    """
+
+    def __init__(self, blocks: list[torch.nn.Module], saved: SavedTensors) -> None:
+        self.blocks = blocks
+        self.saved = saved
+        self._last: weakref.ref[_Run] | None = None
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """To be entered for the forward pass; the backward pass needs nothing."""
+        return _wrapped(self.blocks, self._forward)
+
+    def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        run = _Run(self, forward, args, kwargs)
+        with torch.autograd.graph.saved_tensors_hooks(run.pack, run.unpack):
+            return forward(*args, **kwargs)
+
+    def only(self, run: _Run) -> None:
+        """Forget what an earlier run has left unused: the backward pass is done with that block."""
+        last = self._last() if self._last else None
+        if last is not None:
+            last.again.clear()
+        self._last = weakref.ref(run)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that a backward pass needs kept, weights apart.
+
+    Attributes:
+        plain: without checkpointing.
+        checkpointed: with it: what is saved outside the blocks, the inputs of all, and the inside of the largest.
+    """
+
+    plain: int
+    checkpointed: int
+
+
+def footprint(
+    blocks: list[torch.nn.Module], forward: Callable[[], Any], weights: Iterable[torch.Tensor], device: torch.device
+) -> Footprint:
+    """Count what a forward pass saves on a device, in one forward pass that saves nothing.
+
+    Args:
+        blocks: those that checkpointing would run again.
+        forward: the forward pass; its output is dropped.
+        weights: tensors that are there anyway.
+        device: where memory is short.
+    """
+    # A weak reference to a storage keeps its identity from being given to another, though not its memory.
+    own = {StorageWeakRef(weight.untyped_storage()) for weight in weights}
+    everything: dict[StorageWeakRef, int] = {}
+    kept: dict[StorageWeakRef, int] = {}
+    inside: dict[StorageWeakRef, int] | None = None
+    largest = 0
+
+    def count(tensor: torch.Tensor, *where: dict[StorageWeakRef, int]) -> None:
+        storage = StorageWeakRef(tensor.untyped_storage())
+        if tensor.device == device and storage not in own:
+            for tally in where:
+                tally[storage] = tensor.untyped_storage().nbytes()
+
+    def pack(tensor: torch.Tensor) -> None:
+        count(tensor, everything, kept if inside is None else inside)
+
+    def around(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        nonlocal inside, largest
+        outside, inside = inside, {}
+        out = block(*args, **kwargs)
+        if inside:
+            largest = max(largest, sum(inside.values()))
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, torch.Tensor):
+                    count(leaf, kept)
+        inside = outside
+        return out
+
+    with (
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(pack, _unused),
+        _wrapped(blocks, around),
+    ):
+        forward()
+    return Footprint(sum(everything.values()), sum(kept.values()) + largest)

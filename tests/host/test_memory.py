@@ -1,0 +1,203 @@
+"""Memory of collecting: checkpointing on every model family, by need, and what is kept at all."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import pytest
+import torch
+from comfyui_elrond.elrond_core.checkpointing import blocks_of
+from comfyui_elrond.elrond_core.errors import ElrondError
+from comfyui_elrond.elrond_core.gradients import collect, gradient
+from comfyui_elrond.elrond_core.provenance import Provenance
+from comfyui_elrond.nodes import host
+
+# isort: split
+sys.path.append(str(Path(__file__).parent))
+
+from families import CONCEPT, FAMILIES, WIDTH, Family, build, latents, prompt, random
+
+NAMED = {family.name: family for family in FAMILIES}
+SD, FLUX, LUMINA = NAMED["SD 1.x"], NAMED["Flux dev"], NAMED["Lumina 2"]
+
+
+def visit(family: Family, model: Any, work: Callable[..., Any]) -> Any:
+    return host.visit(model, prompt(family), None, 1.0, latents(family), 0, work)
+
+
+def patched(model: Any) -> list[str]:
+    """Modules with a forward pass that is not their class's."""
+    return [name for name, part in model.model.diffusion_model.named_modules() if "forward" in vars(part)]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_checkpointing_changes_no_bit(family: Family) -> None:
+    with torch.inference_mode():
+        model = build(family)
+
+    def found(recomputes: bool) -> tuple[torch.Tensor, ...]:
+        def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> Any:
+            denoiser.recomputes = recomputes
+            a, b = realizations[:1], torch.stack([realizations[1:], -realizations[1:]])
+            sigma = host.sigma_of(model, 1.0)
+            out = gradient(denoiser, a, b, random(*a.shape, seed=5), sigma, random(*a.shape, seed=6))
+            assert denoiser.recomputes is recomputes
+            needs = denoiser.footprint
+            assert 0 < needs.checkpointed < needs.plain
+            return out
+
+        return visit(family, model, work)
+
+    kept, recomputed = found(False), found(True)
+    assert kept[0].norm() > 1e-4
+    for one, other in zip(kept, recomputed, strict=True):
+        assert torch.equal(one, other)
+    assert not patched(model)
+
+
+@pytest.mark.parametrize("family", [SD, FLUX, LUMINA], ids=lambda family: family.name)
+@pytest.mark.parametrize("place", [0, -1])
+def test_nothing_stays_patched_when_a_block_fails_or_the_user_cancels(family: Family, place: int) -> None:
+    model = build(family)
+    blocks = blocks_of(model.model.diffusion_model)
+
+    def interrupt(*_: Any) -> None:
+        comfy.model_management.interrupt_current_processing()
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> None:
+        denoiser.recomputes = True
+        a, b = realizations[:1], realizations[1:]
+        gradient(denoiser, a, b, a, 1.0)
+        hook = blocks[place].register_forward_hook(interrupt)
+        try:
+            gradient(denoiser, a, b, a, 1.0)
+        finally:
+            hook.remove()
+
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        visit(family, model, work)
+    assert not patched(model)
+
+
+def test_room_is_made_by_need() -> None:
+    model = build(SD)
+
+    def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> list[bool]:
+        noisy, rows = realizations[:1], denoiser.rows[None].clone().requires_grad_(True)
+        found = []
+        free = comfy.model_management.get_free_memory(noisy.device)
+        # The same sample again and again takes no memory, but a backward pass through so many would.
+        for count in (1, 2 * free // denoiser_needs(denoiser, noisy, rows)):
+            denoiser.make_room(noisy.expand(count, -1, -1, -1), 1.0, rows)
+            found.append(denoiser.recomputes)
+        return found
+
+    def denoiser_needs(denoiser: host.HostDenoiser, noisy: torch.Tensor, rows: torch.Tensor) -> int:
+        denoiser.make_room(noisy, 1.0, rows)
+        return denoiser.footprint.plain
+
+    assert visit(SD, model, work) == [False, True]
+
+
+def test_what_is_estimated_is_what_is_kept() -> None:
+    """Storages that the graph keeps alive after a forward pass, beside the weights, against the estimate."""
+    model = build(SD)
+    own = {p.untyped_storage().data_ptr() for p in model.model.diffusion_model.parameters()}
+
+    def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> tuple[int, int]:
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        rows = denoiser.rows[None].clone().requires_grad_(True)
+        with torch.enable_grad():
+            denoiser.make_room(realizations[:1], 1.0, rows)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                estimate = denoiser.denoised(realizations[:1], 1.0, rows)
+        # The graph must live until here, or an address could be counted twice.
+        assert estimate.requires_grad
+        return sum(kept.values()), denoiser.footprint.plain
+
+    kept, estimated = visit(SD, model, work)
+    assert kept == estimated
+
+
+@pytest.mark.parametrize("family", [SD, NAMED["SDXL"]], ids=lambda family: family.name)
+def test_gradients_flow_from_the_conditioning_only(family: Family) -> None:
+    model = build(family)
+    unet = model.model.diffusion_model
+    for weight in unet.parameters():
+        weight.requires_grad_(True)
+    attention = next(part for name, part in unet.named_modules() if name.endswith("attn2"))
+    saved: list[torch.Tensor] = []
+    depends: list[bool] = []
+    before: list[int] = []
+
+    def watch(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: torch.Tensor) -> None:
+        depends.extend((args[0].requires_grad, out.requires_grad))
+
+    def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> None:
+        rows = denoiser.rows[None].clone().requires_grad_(True)
+        denoiser.make_room(realizations[:1], 1.0, rows)
+        hooks = [
+            attention.register_forward_pre_hook(lambda *_: before.append(len(saved))),
+            attention.register_forward_hook(watch, with_kwargs=True),
+        ]
+        try:
+            with (
+                torch.enable_grad(),
+                torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+            ):
+                denoiser.denoised(realizations[:1], 1.0, rows).sum().backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        assert rows.grad is not None
+
+    visit(family, model, work)
+    assert depends == [False, True]
+    # The concept's rows and their place, which are saved where they are put in, and nothing of the model.
+    concept = len(CONCEPT.rows)
+    assert [tuple(tensor.shape) for tensor in saved[: before[0]]] == [(concept,), (1, concept, WIDTH)]
+    assert len(saved) > 100
+    assert all(weight.grad is None and weight.requires_grad for weight in unet.parameters())
+
+
+def test_out_of_memory_on_the_way() -> None:
+    """A block that really runs out: collecting goes on with one sample at a time, and ends with one sentence."""
+    model = build(SD)
+    block = blocks_of(model.model.diffusion_model)[-1]
+    sizes: list[int] = []
+
+    def collected(limit: int) -> torch.Tensor:
+        def full(_: Any, args: tuple[Any, ...]) -> None:
+            if torch.is_grad_enabled():
+                sizes.append(len(args[0]))
+                if len(args[0]) > limit:
+                    raise torch.cuda.OutOfMemoryError("Tried to allocate 2.00 GiB.")
+
+        def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> torch.Tensor:
+            hook = block.register_forward_pre_hook(full)
+            try:
+                return collect(denoiser, realizations, Provenance("test"), 6, 1.0, 0, 4).vectors
+            finally:
+                hook.remove()
+
+        return visit(SD, model, work)
+
+    plenty, little = collected(4), collected(1)
+    torch.testing.assert_close(little, plenty, rtol=1e-4, atol=1e-5 * float(plenty.abs().max()))
+    # The first of each is the count of what a sample needs.
+    assert sizes == [1, 4, 2, 1, 4, 2, 1, 1, 1, 1, 1, 1]
+    with pytest.raises(ElrondError, match=r"^There is too little memory for a single gradient .*\.$"):
+        collected(0)
+    assert not patched(model)

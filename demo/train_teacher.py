@@ -34,8 +34,11 @@ from .world import CONTINUOUS, SHAPES, render
 SEED = 2602
 BATCH = 64
 # First step, last step and peak learning rate of each leg: a short warm-up, then a cosine to zero.
-LEGS = ((0, 4200, 1.2e-3), (4200, 5400, 7e-4), (5400, 10400, 1e-3))
+LEGS = ((0, 4200, 1.2e-3), (4200, 5400, 7e-4), (5400, 7000, 1e-3), (7000, 7400, 6e-4), (7400, 10200, 9e-4))
 WARM_UP = 100
+# A shape is a few pixels at the noise levels at which shapes form, and among all the rest its words are never learnt:
+# one leg shows nothing else.
+SHAPES_ONLY, SHAPES_FORM = (7000, 7400), (0.45, 0.88)
 EMA = 0.999
 # Shares of the training samples by what the denoiser sees: every row, the noun's row alone, the noun's row inside
 # the rows of the caption without attributes; the rest sees the empty caption, for guidance.
@@ -188,6 +191,17 @@ def shades(text: TextEncoder, captions: list[Caption], bare: torch.Tensor) -> to
     return torch.zeros_like(bare).index_add(0, owner, moves)
 
 
+def draw_shapes(count: int, generator: torch.Generator) -> tuple[Samples, torch.Tensor]:
+    """Random captions that name a shape, shown in full, and the noise levels at which shapes form."""
+    captions: list[Caption] = []
+    while len(captions) < count:
+        caption = draw_caption(generator)
+        captions += [caption] if "shape" in caption.named else []
+    low, high = SHAPES_FORM
+    sigma = low + (high - low) * torch.rand(count, generator=generator)
+    return Samples(captions, torch.zeros(count).long(), torch.zeros(count, demo_model.TOKEN_WIDTH)), sigma
+
+
 def draw_sigma(count: int, generator: torch.Generator) -> torch.Tensor:
     """Noise levels for training: uniform in the schedule's time, and a share at the very highest."""
     time_ = torch.rand(count, generator=generator)
@@ -219,7 +233,10 @@ class Batch:
 def batch_of(step: int, size: int, vae: demo_model.PatchVAE) -> Batch:
     """The batch of a step: the same in a resumed run."""
     generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
-    samples, sigma = draw_samples(size, generator), draw_sigma(size, generator)
+    if SHAPES_ONLY[0] <= step < SHAPES_ONLY[1]:
+        samples, sigma = draw_shapes(size, generator)
+    else:
+        samples, sigma = draw_samples(size, generator), draw_sigma(size, generator)
 
     def latents(captions: list[Caption]) -> torch.Tensor:
         return vae.encode_small(render(draw_factors(captions, generator)).movedim(-1, 1) * 2 - 1)

@@ -8,16 +8,20 @@ the number of spiked eigenvalues in a covariance matrix by bulk eigenvalue match
 eigenvalue of such noise follows (El Karoui, 2007, "Tracy-Widom limit for the largest eigenvalue of a large class of
 complex sample covariance matrices"). Only eigenvalues are needed, not the gradients, so that moments will do.
 
-That counts all that the gradients hold, and a model whose spectrum falls without a floor gives no such number. Where
-the model's response was collected there is an absolute scale: components of the response-normalised gradients
-(`elrond_core.response`) have the variance λ of the realizations along the change that a movement of the word makes,
-in units of the variance of one latent value, what a token norm cannot reach left out. The number of components that
-such a unit of noise would leave standing, Σ λ/(1 + λ), is the effective dimension (the degrees of freedom of a ridge
-regression). It assumes that latents are scaled to a variance of about one, as hosts hand them on.
+That counts all that the gradients hold, and it counts linearly: an image whose one factor is a position runs along a
+curve that bends through many dimensions. How many ways there are to vary is a property of that curve, not of the
+space it bends through. At the highest noise level the estimate hardly depends on the realization that was noised, so the
+mean of the gradients towards one target places that realization among the others, as the concept's rows see them.
+In units of the model's response (`elrond_core.response`) these places have a correlation dimension (Grassberger and
+Procaccia, 1983, "Measuring the strangeness of strange attractors"): how fast the number of neighbours grows with the
+radius. It assumes that distances at which 5 to 40 % of all pairs are neighbours lie above the noise of those means and
+below the bends of the curve, and like every estimate from few points it falls short where the dimension is high:
+numbers rank concepts, and are right for low ones.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +32,8 @@ from .errors import ElrondError
 from .gradients import Gradients
 from .moments import Moments
 from .pca import fit_pca
-from .response import components, generalised
+from .response import components
+from .seeding import generator
 
 _LEVEL = 0.05
 _DRAWS = 200
@@ -38,8 +43,10 @@ _SPREADS = np.sqrt([0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0])
 _CAP = 160
 _FLAT = 0.5
 _CLEAR = 2.5
-# Components of the response that the bootstrap redraws, and how often.
-_MOST_REDRAWN, _REDRAWN = 256, 50
+# Shares of the pairs of realizations between whose distances the correlation dimension is taken; the fewest
+# realizations and gradients a target for it, the most that are compared, and how often half of them is drawn.
+_NEAR, _FAR = 0.05, 0.4
+_LEAST_TARGETS, _LEAST_REPEATS, _MOST_TARGETS, _HALVES = 30, 2, 2000, 50
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,9 @@ class LIDReport:
         variance95: components to reach 95 % of the variance.
         gap: place of the largest gap between singular values (Stanczuk et al., arXiv 2212.12611).
         ratio: eigenvalues whose share is above C/(R·d) (ELROND, step 5).
-        response: effective dimension of the response-normalised spectrum; None where the response was not collected.
-        response_interval: its 90 % interval (bootstrap over gradients and responses), or None.
+        correlation: correlation dimension of the realizations as the concept's rows see them; None where there are too
+            few of them (30), too few gradients towards each (2), or moments only.
+        correlation_interval: its 90 % interval (half-samples of the realizations), or None.
         eigenvalues: float64, (P,): variances of the principal components, descending.
         null: float64, (P,): what the fitted noise alone would have had in their place.
         threshold: the eigenvalue above which noise is ruled out.
@@ -76,8 +84,8 @@ class LIDReport:
     variance95: int
     gap: int
     ratio: int
-    response: float | None
-    response_interval: tuple[float, float] | None
+    correlation: float | None
+    correlation_interval: tuple[float, float] | None
     eigenvalues: torch.Tensor
     null: torch.Tensor
     threshold: float
@@ -89,23 +97,19 @@ class LIDReport:
 
     @property
     def dimension(self) -> float:
-        """What a user is shown: the effective dimension where the response was collected, else the noise floor's.
-
-        Neither is proven to follow a concept's complexity: on the demo's concepts the first has a rank correlation of
-        0.11 with the number of open factors.
-        """
-        return float(self.estimate) if self.response is None else self.response
+        """What a user is shown: the correlation dimension where it is known, else the count above the noise floor."""
+        return float(self.estimate) if self.correlation is None else self.correlation
 
     def lines(self) -> list[str]:
         """The report as text, one fact a line."""
         low, high = self.interval
         interval = f"90 % interval {low} to {high}" if high is not None else f"{low} or more"
-        effective = "not known, since the response was not collected"
-        if self.response is not None and self.response_interval is not None:
-            bottom, top = self.response_interval
-            effective = f"{self.response:.1f} (90 % interval {bottom:.1f} to {top:.1f})"
+        correlation = "not known: it takes 30 realizations or more, each the target of several gradients"
+        if self.correlation is not None and self.correlation_interval is not None:
+            bottom, top = self.correlation_interval
+            correlation = f"{self.correlation:.1f} (90 % interval {bottom:.1f} to {top:.1f})"
         return [
-            f"effective dimension within a token norm: {effective}",
+            f"correlation dimension of the images as the word sees them: {correlation}",
             f"above the noise floor: {self.estimate} ({interval})",
             self.verdict,
             f"published: {self.ratio} by share of variance, {self.gap} by the largest gap, "
@@ -132,9 +136,8 @@ def estimate_lid(source: Gradients | Moments, *, significance: float = 2.5, seed
             f"The intrinsic dimension needs at least 20 gradients of 20 values, got {count} gradients of {size}."
         )
     eigenvalues = spectrum.eigenvalues.numpy()[: min(count - 1, size)]
-    response, response_interval = None, None
-    if isinstance(source, Gradients) and len(source.response) > 1:
-        response, response_interval = effective_dimension(source, seed)
+    found = correlation_dimension(source, seed) if isinstance(source, Gradients) else None
+    correlation, correlation_interval = found if found else (None, None)
 
     fit = _Fit(eigenvalues, count - 1, size, seed)
     return LIDReport(
@@ -145,8 +148,8 @@ def estimate_lid(source: Gradients | Moments, *, significance: float = 2.5, seed
         variance95=int(np.searchsorted(eigenvalues.cumsum(), 0.95 * eigenvalues.sum())) + 1,
         gap=int(np.argmax(-np.diff(np.sqrt(eigenvalues)))) + 1,
         ratio=spectrum.significant,
-        response=response,
-        response_interval=response_interval,
+        correlation=correlation,
+        correlation_interval=correlation_interval,
         eigenvalues=torch.from_numpy(eigenvalues),
         null=torch.from_numpy(fit.null()),
         threshold=fit.threshold,
@@ -158,40 +161,49 @@ def estimate_lid(source: Gradients | Moments, *, significance: float = 2.5, seed
     )
 
 
-def effective_dimension(gradients: Gradients, seed: int = 0) -> tuple[float, tuple[float, float]]:
-    """Σ λ/(1 + λ) of the response-normalised spectrum, and its 90 % interval.
+def correlation_dimension(gradients: Gradients, seed: int = 0) -> tuple[float, tuple[float, float]] | None:
+    """Correlation dimension of the realizations as the concept's rows see them, and its 90 % interval.
 
-    Eigenvalues of a sample spread further than the truth's. A bootstrap over gradients and responses, within the
-    leading components, shows by how much: it spreads them once more, and the same is taken off the estimate.
+    ln(0.4/0.05) / ln(r(0.4)/r(0.05)), r(q) being the distance below which a share q of the pairs of realizations lies.
+    A realization's place is the mean of the gradients towards it, at the highest noise level collected; distances
+    are in units of the response, with its ridge, where it was collected, and otherwise weigh every change by how
+    strongly the model answers to it. The interval comes from half-samples without replacement (a bootstrap would
+    repeat places, at no distance).
+
+    Returns:
+        The dimension and its interval, or None where fewer than 30 realizations are the target of at least 2 gradients.
 
     Raises:
-        ElrondError: as `elrond_core.response.fit_response`.
+        ElrondError: if a gradient or response is not finite, or all are the same.
     """
-    solved = components(gradients)
-    value = _degrees(solved.eigenvalues)
-    moves = solved.moves[:, :_MOST_REDRAWN]
-    along, answers = gradients.flat.double() @ moves, gradients.response.flatten(1).double() @ moves
-    ridge = solved.added * moves.T @ moves
-    before = _degrees(_redrawn(along, answers, ridge))
-    generator = torch.Generator().manual_seed(seed)
-    shifts = []
-    for _ in range(_REDRAWN):
-        some = torch.randint(len(along), (len(along),), generator=generator)
-        heard = torch.randint(len(answers), (len(answers),), generator=generator)
-        shifts.append(_degrees(_redrawn(along[some], answers[heard], ridge)) - before)
-    shift = torch.tensor(shifts, dtype=torch.float64)
-    low, middle, high = shift.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
-    value = max(0.0, value - middle)
-    return value, (max(0.0, value + low - middle), value + high - middle)
+    vectors, targets = gradients.flat.double(), gradients.targets
+    highest = gradients.sigma == gradients.sigma.max()
+    vectors, targets = vectors[highest], targets[highest]
+    some, place, repeats = targets.unique(return_inverse=True, return_counts=True)
+    sums = torch.zeros(len(some), vectors.shape[1], dtype=torch.float64).index_add(0, place, vectors)
+    means = (sums / repeats[:, None])[repeats >= _LEAST_REPEATS]
+    if len(means) < _LEAST_TARGETS:
+        return None
+    if len(gradients.response):
+        means = means @ components(gradients).moves
+    draw = generator(seed, "correlation dimension")
+    means = means[torch.randperm(len(means), generator=draw)[:_MOST_TARGETS]]
+    distances = torch.cdist(means, means)
+    value = _slope(distances)
+    halves = []
+    for _ in range(_HALVES):
+        half = torch.randperm(len(means), generator=draw)[: len(means) // 2]
+        halves.append(_slope(distances[half][:, half]))
+    # The spread of half-samples about the whole is that of whole samples about the truth.
+    spread = 1.645 * float(torch.tensor(halves).sub(value).square().mean().sqrt())
+    return value, (max(0.0, value - spread), value + spread)
 
 
-def _redrawn(along: torch.Tensor, answers: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
-    covariance = torch.cov(along.T).reshape(ridge.shape)
-    return generalised(covariance, answers.T @ answers / len(answers) + ridge)[0].clamp_min(0)
-
-
-def _degrees(eigenvalues: torch.Tensor) -> float:
-    return float((eigenvalues / (1 + eigenvalues)).sum())
+def _slope(distances: torch.Tensor) -> float:
+    """Between the two shares, how many times the logarithm of neighbours grows as fast as that of the distance."""
+    pairs = distances[tuple(torch.triu_indices(*distances.shape, offset=1))].sort().values
+    near, far = (float(pairs[round(share * (len(pairs) - 1))]) for share in (_NEAR, _FAR))
+    return math.log(_FAR / _NEAR) / math.log(far / near) if far > near > 0 else 0.0
 
 
 class _Fit:

@@ -75,7 +75,7 @@ def lid_plot(report: LIDReport) -> np.ndarray:
     axes.set_xscale("log")
     axes.set(xlabel="component", ylabel="variance")
     bound = "" if report.detectable else "at least "
-    axes.set_title(f"Intrinsic dimension: {bound}{report.estimate}, from {report.count} gradients")
+    axes.set_title(f"Above the noise floor: {bound}{report.estimate}, from {report.count} gradients")
     axes.legend()
     return _render(figure)
 

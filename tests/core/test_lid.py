@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import scipy.linalg
+import skdim
 import torch
 
 from elrond_core.errors import ElrondError
@@ -98,44 +98,70 @@ def test_published_estimates() -> None:
     assert estimate_lid(gradients(torch.cat([half, -half])[:, None]), significance=8).ratio == 2
 
 
-def answered(variances: list[float], seed: int, count: int = 2000) -> Gradients:
-    """Gradients of a linear model whose images vary by the given variances within what the model can change."""
+def curved(ways: int, seed: int, realizations: int = 300, noise: float = 0.02, response: bool = True) -> Gradients:
+    """Gradients of a linear model whose images run along arcs, one a way, each bent through six dimensions.
+
+    The first way is a hundred times as loud as the others, in what it does to the gradients.
+    """
     g = torch.Generator().manual_seed(seed)
-    jacobian = torch.randn(200, 30, generator=g) / 200**0.5
-    patterns = torch.linalg.qr(jacobian)[0][:, : len(variances)] * torch.tensor(variances).sqrt()
-    vectors = (torch.randn(count, len(variances), generator=g) @ patterns.T) @ jacobian
-    response = torch.randn(count, 200, generator=g) @ jacobian
-    return gradients(vectors[:, None], response[:, None])
+    angles = 0.5 * torch.pi * torch.rand(realizations, ways, generator=g)
+    bends = [[(k * angles).cos() / k**2, (k * angles).sin() / k**2] for k in (1, 2, 3)]
+    images = torch.stack([wave for pair in bends for wave in pair], 2).flatten(1)
+    jacobian = torch.linalg.qr(torch.randn(40, images.shape[1], generator=g))[0].T
+    jacobian[:6] *= 100
+    targets = torch.arange(8 * realizations) % realizations
+    vectors = (images[targets] + noise * torch.randn(len(targets), images.shape[1], generator=g)) @ jacobian
+    answers = torch.randn(len(targets), images.shape[1], generator=g) @ jacobian
+    found = gradients(vectors[:, None], answers[:, None] if response else None)
+    return replace(found, targets=targets)
 
 
-def test_effective_dimension_counts_absolutely() -> None:
-    report = estimate_lid(answered([1e4, 4.0, 2.25], 0))
-    # A variance of 10,000 does not hide variances of 4 and 2.25 beside it.
-    assert report.response == pytest.approx(1 + 4 / 5 + 2.25 / 3.25, abs=0.05) and report.ratio == 1
-    assert report.dimension == report.response
-    without = answered([1e4, 4.0, 2.25], 0)
-    without = estimate_lid(gradients(without.vectors))
-    assert without.response is None and without.dimension == without.estimate
+@pytest.mark.parametrize("ways", [1, 2, 3])
+def test_correlation_dimension_counts_ways_to_vary_not_bends(ways: int) -> None:
+    reports = [estimate_lid(curved(ways, seed)) for seed in range(3)]
+    assert all(report.dimension == report.correlation for report in reports)
+    assert [report.dimension for report in reports] == pytest.approx([ways] * 3, rel=0.3)
+    # The linear ones count the bends, or see nothing but the loud way.
+    assert all(report.estimate >= 6 * ways - 1 for report in reports)
 
 
-def test_interval_of_the_effective_dimension_covers_it() -> None:
-    variances, norm = [50.0, 9.0, 4.0, 1.0, 0.5], 2.0
-    covered = 0
-    for seed in range(20):
-        found = answered(variances, seed, 400)
-        # Two latent values make the gradients' scale 2/n one, and the ridge 1/norm² the responses' own unit.
-        found = replace(found, provenance=found.provenance.with_(latent_values=2, token_norm=norm))
-        jacobian = torch.randn(200, 30, generator=torch.Generator().manual_seed(seed)).double().numpy() / 200**0.5
-        patterns = torch.linalg.qr(torch.from_numpy(jacobian))[0][:, : len(variances)].numpy()
-        covariance = jacobian.T @ (patterns * variances) @ patterns.T @ jacobian
-        truth = scipy.linalg.eigh(covariance, jacobian.T @ jacobian + np.eye(30) / norm**2, eigvals_only=True).clip(0)
-        low, high = estimate_lid(found).response_interval
-        covered += low <= (truth / (1 + truth)).sum() <= high
-    assert covered >= 15
+def test_a_loud_way_hides_the_others_where_the_response_is_not_known() -> None:
+    assert estimate_lid(curved(3, 0, response=False)).dimension < 1.5 < 2.2 < estimate_lid(curved(3, 0)).dimension
+
+
+def test_correlation_dimension_grows_with_the_ways_and_hardly_with_the_sample() -> None:
+    values = [estimate_lid(curved(ways, 1)).dimension for ways in (1, 2, 3, 4)]
+    assert values == sorted(values)
+    few, many = (estimate_lid(curved(2, 1, realizations)).dimension for realizations in (100, 1000))
+    assert few == pytest.approx(many, rel=0.15)
+
+
+def test_interval_of_the_correlation_dimension_covers_that_of_many_realizations() -> None:
+    truth = np.mean([estimate_lid(curved(2, 100 + seed, 1500)).dimension for seed in range(3)])
+    intervals = [estimate_lid(curved(2, seed, 200)).correlation_interval for seed in range(20)]
+    assert sum(low <= truth <= high for low, high in intervals) >= 15
+
+
+def test_correlation_dimension_agrees_with_an_independent_one() -> None:
+    g = torch.Generator().manual_seed(0)
+    places = torch.randn(400, 3, generator=g) @ torch.linalg.qr(torch.randn(30, 3, generator=g))[0].T
+    targets = torch.arange(800) % 400
+    found = replace(gradients(places[targets][:, None]), targets=targets)
+    # Distances within which a point has 5 and 40 % of the others.
+    other = skdim.id.CorrInt(k1=20, k2=160).fit(places.numpy()).dimension_
+    assert estimate_lid(found).correlation == pytest.approx(other, rel=0.1)
+
+
+def test_too_few_gradients_towards_each_realization_leave_the_count_above_the_noise_floor() -> None:
+    found = curved(2, 0)
+    lonely = replace(found, targets=torch.arange(len(found)))
+    few = replace(found, targets=found.targets % 20)
+    for report in (estimate_lid(lonely), estimate_lid(few)):
+        assert report.correlation is None and report.dimension == report.estimate
+        assert "30 realizations or more" in report.lines()[0]
 
 
 def test_agrees_with_an_independent_estimator() -> None:
-    skdim = pytest.importorskip("skdim")
     vectors = sample(5, 2000, 400.0).vectors[:, 0].numpy()
     other = skdim.id.lPCA(ver="maxgap").fit(vectors).dimension_
     assert estimate_lid(gradients(torch.from_numpy(vectors)[:, None])).estimate == int(np.round(other)) == 5

@@ -10,8 +10,8 @@ complex sample covariance matrices"). Only eigenvalues are needed, not the gradi
 
 That counts all that the gradients hold, and it counts linearly: an image whose one factor is a position runs along a
 curve that bends through many dimensions. How many ways there are to vary is a property of that curve, not of the
-space it bends through. At the highest noise level the estimate hardly depends on the realization that was noised, so the
-mean of the gradients towards one target places that realization among the others, as the concept's rows see them.
+space it bends through. At the highest noise level the estimate hardly depends on the realization that was noised, so
+the mean of the gradients towards one target places that realization among the others, as the concept's rows see them.
 In units of the model's response (`elrond_core.response`) these places have a correlation dimension (Grassberger and
 Procaccia, 1983, "Measuring the strangeness of strange attractors"): how fast the number of neighbours grows with the
 radius. It assumes that distances at which 5 to 40 % of all pairs are neighbours lie above the noise of those means and
@@ -201,7 +201,8 @@ def correlation_dimension(gradients: Gradients, seed: int = 0) -> tuple[float, t
 
 def _slope(distances: torch.Tensor) -> float:
     """Between the two shares, how many times the logarithm of neighbours grows as fast as that of the distance."""
-    pairs = distances[tuple(torch.triu_indices(*distances.shape, offset=1))].sort().values
+    upper = torch.ones_like(distances, dtype=torch.bool).triu(1)
+    pairs = distances[upper].sort().values
     near, far = (float(pairs[round(share * (len(pairs) - 1))]) for share in (_NEAR, _FAR))
     return math.log(_FAR / _NEAR) / math.log(far / near) if far > near > 0 else 0.0
 

@@ -48,7 +48,11 @@ class CollectGradients(io.ComfyNode):
                     "lower levels are about structure, then texture.",
                 ),
                 io.Int.Input(
-                    "batch_size", default=1, min=1, max=1024, tooltip="Pairs at once. Changes memory and speed only."
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=1024,
+                    tooltip="Noised realizations at once. Changes memory and speed only; what does not fit is halved.",
                 ),
                 seed_input("Fixes the pairs and their noise."),
                 io.Boolean.Input(
@@ -65,6 +69,15 @@ class CollectGradients(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     tooltip="Guidance of the clean estimate; 1 for distilled models. Needs a negative prompt.",
+                ),
+                io.Int.Input(
+                    "targets_per_realization",
+                    default=1,
+                    min=1,
+                    max=1024,
+                    optional=True,
+                    tooltip="Others that each noised realization is compared with. More share one forward pass, which "
+                    "makes a gradient faster, but gradients of one realization resemble each other.",
                 ),
             ],
             outputs=[GradientsIO.Output(display_name="gradients", tooltip="For Fit PCA, Train SAE, Estimate LID.")],
@@ -83,6 +96,7 @@ class CollectGradients(io.ComfyNode):
         response: bool,
         cfg: float = 1.0,
         negative: Any = None,
+        targets_per_realization: int = 1,
     ) -> io.NodeOutput:
         """Collect under the host's model management."""
         samples = realizations["samples"]
@@ -105,7 +119,16 @@ class CollectGradients(io.ComfyNode):
 
         def work(denoiser: host.HostDenoiser, latents: Any) -> Gradients:
             return collect(
-                denoiser, latents, provenance, count, sigma, seed, batch_size, response=response, on_batch=update
+                denoiser,
+                latents,
+                provenance,
+                count,
+                sigma,
+                seed,
+                batch_size,
+                response=response,
+                on_batch=update,
+                targets=targets_per_realization,
             )
 
         return io.NodeOutput(host.visit(model, positive, negative, cfg, samples, seed, work))

@@ -424,8 +424,9 @@ class HostDenoiser:
 class _Visit(comfy.samplers.Sampler):
     """A sampler that takes no step: it lends the prepared model to a piece of work."""
 
-    def __init__(self, work: Callable[[HostDenoiser, torch.Tensor], Any]) -> None:
+    def __init__(self, work: Callable[[HostDenoiser, torch.Tensor], Any], latents: torch.Tensor) -> None:
         self.work = work
+        self.latents = latents
         self.result: Any = None
 
     def sample(
@@ -449,7 +450,7 @@ class _Visit(comfy.samplers.Sampler):
         with _frozen(model_wrap.inner_model), _exact(model_wrap.inner_model):
             denoiser = HostDenoiser(model_wrap, options, extra_args.get("seed", 0), latent_image)
             try:
-                self.result = self._run(denoiser, latent_image)
+                self.result = self._run(denoiser, model_wrap.inner_model.process_latent_in(self.latents))
             except (RuntimeError, NotImplementedError) as error:
                 if not re.search(r"derivative for|autograd formula|implement either the backward", str(error)):
                     raise
@@ -530,10 +531,12 @@ def visit(
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(_clone(positive), _clone(negative if negative is not None else positive))
         guider.set_cfg(cfg if negative is not None else 1.0)
-        visitor = _Visit(work)
         latents = comfy.sample.fix_empty_latent_channels(model, latents.clone())
+        visitor = _Visit(work, latents)
         sigmas = torch.tensor([sigma_of(model, 1.0), 0.0])
-        guider.sample(torch.zeros_like(latents), latents, visitor, sigmas, disable_pbar=True, seed=seed)
+        # The host is shown one of them only: it would make room for as many at once.
+        shown = latents[:1]
+        guider.sample(torch.zeros_like(shown), shown, visitor, sigmas, disable_pbar=True, seed=seed)
         return visitor.result
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import comfy.patcher_extension
 import pytest
 import torch
 from comfyui_elrond.elrond_core.checkpointing import blocks_of
@@ -89,19 +90,33 @@ def test_room_is_made_by_need() -> None:
 
     def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> list[bool]:
         noisy, rows = realizations[:1], denoiser.rows[None].clone().requires_grad_(True)
-        found = []
-        free = comfy.model_management.get_free_memory(noisy.device)
-        # The same sample again and again takes no memory, but a backward pass through so many would.
-        for count in (1, 2 * free // denoiser_needs(denoiser, noisy, rows)):
-            denoiser.make_room(noisy.expand(count, -1, -1, -1), 1.0, rows)
-            found.append(denoiser.recomputes)
-        return found
-
-    def denoiser_needs(denoiser: host.HostDenoiser, noisy: torch.Tensor, rows: torch.Tensor) -> int:
         denoiser.make_room(noisy, 1.0, rows)
-        return denoiser.footprint.plain
+        found = [denoiser.recomputes]
+        # The same sample again and again takes no memory, but a backward pass through so many would.
+        many = 2 * comfy.model_management.get_free_memory(noisy.device) // denoiser.footprint.plain
+        denoiser.make_room(noisy.expand(many, -1, -1, -1), 1.0, rows)
+        return [*found, denoiser.recomputes]
 
     assert visit(SD, model, work) == [False, True]
+
+
+def test_the_host_makes_room_for_one_realization_at_first() -> None:
+    model = build(SD).clone()
+    shapes: list[tuple[int, ...]] = []
+
+    def prepare(proceed: Callable[..., Any], patcher: Any, shape: Any, *args: Any, **kwargs: Any) -> Any:
+        shapes.append(tuple(shape))
+        return proceed(patcher, shape, *args, **kwargs)
+
+    model.add_wrapper(comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING, prepare)
+    given = latents(SD, 5)
+
+    def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> torch.Tensor:
+        return realizations
+
+    found = host.visit(model, prompt(SD), None, 1.0, given, 0, work)
+    assert shapes == [(1, *SD.latent)]
+    assert torch.equal(found, model.model.process_latent_in(given))
 
 
 def test_what_is_estimated_is_what_is_kept() -> None:

@@ -35,6 +35,7 @@ from comfyui_elrond.elrond_core.tokens import Concept  # noqa: E402
 from comfyui_elrond.nodes import host  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "gradients.json"
+README = Path(__file__).parents[1] / "README.md"
 CPU = torch.device("cpu")
 TOKENS, WIDTH, POOLED, ROW = 77, 2048, 1280, 3
 # Latents a side; the last is 1024² pixels, and is not fitted.
@@ -48,6 +49,12 @@ def keep(**figures: Any) -> None:
     """Add to the results, beside what others have put there."""
     before = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     RESULTS.write_text(json.dumps({**before, **figures}, indent=1, sort_keys=True) + "\n")
+
+
+def families() -> int:
+    """Model families in the README's table, which a test holds against those that it proves."""
+    table = README.read_text(encoding="utf-8").split("| family | ComfyUI's class |")[1].split("\n\n")[0]
+    return sum(line.startswith("| ") for line in table.splitlines()[2:])
 
 
 def machine() -> str:
@@ -166,7 +173,6 @@ def memory() -> None:
             f"{kind}: {a:.3g} + {b:.3g} n + {c:.3g} n² GiB, n latent cells; at {WANTED}²: {fitted[recomputes]:.2f} GiB"
         )
     keep(
-        machine=machine(),
         sdxl_activation_gib_1024=round(found[True][WANTED], 3),
         sdxl_activation_gib_1024_fitted=round(fitted[True], 3),
         sdxl_activation_gib_1024_kept_fitted=round(fitted[False], 3),
@@ -292,7 +298,7 @@ def speed() -> None:
         )
         assert error < torch.finfo(torch.bfloat16).eps, "The two do not compute the same."
     figures["speedup_same_pairs"] = max(figures.values())
-    keep(machine=machine(), **figures)
+    keep(**figures)
 
 
 def report(name: str, spent: dict[str, float]) -> None:
@@ -307,6 +313,7 @@ def main() -> None:
     parser.add_argument("part", choices=("memory", "speed"))
     with torch.no_grad():
         {"memory": memory, "speed": speed}[parser.parse_args().part]()
+    keep(machine=machine(), families_proven=families())
 
 
 if __name__ == "__main__":

@@ -147,9 +147,8 @@ class _Run:
         self._forward = forward
         # Containers are copied on the way, because models write into the options that they hand to their blocks.
         self._inputs = tree_map_only(torch.Tensor, owner.saved.pack, (args, kwargs))
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        self._device = next((t.device.type for t in tensors if t.device.type != "cpu"), None)
-        self._random = torch.get_rng_state(), *get_device_states(*tensors)
+        on_device = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.is_cuda]
+        self._random = torch.get_rng_state(), *get_device_states(*on_device)
         self._count = 0
         self.again: dict[int, _Saved] = {}
 
@@ -178,7 +177,7 @@ class _Run:
         cpu, devices, states = self._random
         with (
             torch.enable_grad(),
-            torch.random.fork_rng(devices, device_type=self._device or "cuda"),
+            torch.random.fork_rng(devices),
             torch.autograd.graph.saved_tensors_hooks(keep, _unused),
         ):
             torch.set_rng_state(cpu)

@@ -76,10 +76,8 @@ class Gradients:
         return self.vectors.flatten(1)
 
 
-def draw_pairs(count: int, realizations: int, seed: int, targets: int = 1) -> torch.Tensor:
-    """`count` random pairs of distinct realizations, (count, 2) int64; pair i depends on the seed and i only.
-
-    Each source is drawn for `targets` pairs in a row, whose targets differ.
+def check_targets(realizations: int, targets: int) -> None:
+    """Whether each of so many realizations can be compared with `targets` others.
 
     Raises:
         ElrondError: if there are fewer than two realizations, or not one for every target.
@@ -90,6 +88,17 @@ def draw_pairs(count: int, realizations: int, seed: int, targets: int = 1) -> to
         raise ElrondError(
             f"Of {realizations} realizations each can be compared with 1 to {realizations - 1} others, not {targets}."
         )
+
+
+def draw_pairs(count: int, realizations: int, seed: int, targets: int = 1) -> torch.Tensor:
+    """`count` random pairs of distinct realizations, (count, 2) int64; pair i depends on the seed and i only.
+
+    Each source is drawn for `targets` pairs in a row, whose targets differ.
+
+    Raises:
+        ElrondError: as `check_targets`.
+    """
+    check_targets(realizations, targets)
     pairs = torch.empty(count, 2, dtype=torch.int64)
     for i in range(0, count, targets):
         g = generator(seed, "pair", i // targets)

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..elrond_core.errors import ElrondError
-from ..elrond_core.gradients import Gradients, collect
+from ..elrond_core.gradients import Gradients, check_targets, collect
 from ..elrond_core.provenance import Provenance
 from . import host
 from .types import GradientsIO, seed_input
@@ -100,8 +100,7 @@ class CollectGradients(io.ComfyNode):
     ) -> io.NodeOutput:
         """Collect under the host's model management."""
         samples = realizations["samples"]
-        if len(samples) < 2:
-            raise ElrondError(f"Gradients need at least two realizations to compare, and there is {len(samples)}.")
+        check_targets(len(samples), targets_per_realization)
         if negative is None and cfg not in (0.0, 1.0):
             raise ElrondError(f"A cfg of {cfg} needs a negative prompt: connect one, or set cfg to 1.")
         _, memory = host.marked(positive)

@@ -78,6 +78,13 @@ def test_batch_size_changes_nothing(nodes: dict[str, Any], teacher: SimpleNamesp
     assert not torch.allclose(one.vectors, collect(nodes, teacher, seed=6).vectors)
 
 
+def test_several_targets_of_one_realization(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
+    shared = collect(nodes, teacher, targets_per_realization=3)
+    assert (shared.sources.view(4, 3) == shared.sources.view(4, 3)[:, :1]).all() and len(shared.response) == 4
+    again = collect(nodes, teacher, targets_per_realization=3, batch_size=1)
+    torch.testing.assert_close(again.vectors, shared.vectors, rtol=1e-4, atol=1e-4 * float(shared.vectors.abs().max()))
+
+
 def test_provenance_says_where_gradients_come_from(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
     origin = collect(nodes, teacher).provenance
     assert (origin.family, origin.concept, origin.prompt, origin.rows) == ("Demo", "thing", "a thing", (2,))
@@ -139,6 +146,8 @@ def test_bad_input_is_one_sentence(nodes: dict[str, Any], teacher: SimpleNamespa
     one = {"samples": teacher.realizations["samples"][:1]}
     with pytest.raises(ElrondError, match="at least two realizations"):
         nodes["ElrondCollectGradients"].execute(teacher.model, teacher.positive, one, 4, 1.0, 1, 0, False)
+    with pytest.raises(ElrondError, match="1 to 23 others, not 24"):
+        collect(nodes, teacher, targets_per_realization=24)
     with torch.inference_mode():
         stock = host.encode(teacher.clip, "a thing")
     with pytest.raises(ElrondError, match="Encode Concept"):

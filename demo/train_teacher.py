@@ -34,11 +34,11 @@ from .world import CONTINUOUS, SHAPES, render
 SEED = 2602
 BATCH = 64
 # First step, last step and peak learning rate of each leg: a short warm-up, then a cosine to zero.
-LEGS = ((0, 4200, 1.2e-3), (4200, 5400, 7e-4), (5400, 7000, 1e-3), (7000, 7400, 6e-4), (7400, 10200, 9e-4))
+LEGS = ((0, 5400, 1.2e-3), (5400, 8000, 1e-3), (8000, 8350, 1e-3), (8350, 10700, 9e-4))
 WARM_UP = 100
 # A shape is a few pixels at the noise levels at which shapes form, and among all the rest its words are never learnt:
 # one leg shows nothing else.
-SHAPES_ONLY, SHAPES_FORM = (7000, 7400), (0.45, 0.88)
+SHAPES_ONLY, SHAPES_FORM = (8000, 8350), (0.45, 0.88)
 EMA = 0.999
 # Shares of the training samples by what the denoiser sees: every row, the noun's row alone, the noun's row inside
 # the rows of the caption without attributes; the rest sees the empty caption, for guidance.

@@ -87,6 +87,7 @@ def merge(first: Directions, second: Directions) -> Directions:
         method={"name": "merge", "of": _name(first), "and": _name(second)},
         names=first.names + second.names,
         stars=first.stars + second.stars,
+        reach=first.reach + second.reach if first.reach and second.reach else (),
     )
 
 
@@ -99,6 +100,7 @@ def subset(directions: Directions, indices: Sequence[int]) -> Directions:
         scores=directions.scores[chosen],
         names=tuple(directions.names[i] for i in chosen),
         stars=tuple(directions.stars[i] for i in chosen),
+        reach=tuple(directions.reach[i] for i in chosen) if directions.reach else (),
     )
 
 
@@ -149,6 +151,8 @@ def orthogonalised(directions: Directions) -> Directions:
         directions,
         vectors=torch.stack(basis).float().reshape(directions.vectors.shape),
         method={**directions.method, "orthogonalised": "yes"},
+        # What is left of a direction reaches elsewhere.
+        reach=(),
     )
 
 

@@ -22,6 +22,9 @@ class Directions:
         provenance: where they come from.
         names: one name a direction; empty where nobody gave one.
         score_name: what `scores` is, in words, for reports and axes.
+        stars: one mark a direction.
+        reach: how far the model's own images lie along each direction: the standard deviation of the steps that would
+            turn the mean image into them, in the embedding's units; empty where it is not known.
     """
 
     vectors: torch.Tensor
@@ -31,6 +34,7 @@ class Directions:
     names: tuple[str, ...] = ()
     score_name: str = "score"
     stars: tuple[bool, ...] = field(default=())
+    reach: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.vectors.ndim != 3 or self.scores.shape != self.vectors.shape[:1]:
@@ -43,6 +47,8 @@ class Directions:
                 object.__setattr__(self, name, (default,) * len(self.vectors))
             elif len(getattr(self, name)) != len(self.vectors):
                 raise ElrondError(f"{len(self.vectors)} directions need as many {name}.")
+        if self.reach and len(self.reach) != len(self.vectors):
+            raise ElrondError(f"{len(self.vectors)} directions need as many numbers of reach, or none.")
 
     def __len__(self) -> int:
         return len(self.vectors)

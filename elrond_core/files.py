@@ -41,7 +41,7 @@ _LAYOUTS: dict[str, dict[str, tuple[str, str]]] = {
 _COMMON = {"format_version", "kind", "project_version", "family", "d", "rows", "prompt", "concept", "tokens"}
 _COMMON |= {"token_norm", "sigma", "count", "seed", "host"}
 # Files of earlier releases lack them.
-_OPTIONAL = {"latent_values"}
+_OPTIONAL = {"latent_values", "reach"}
 _KEYS = {
     "directions": _COMMON | {"method", "score_name", "names", "stars"},
     "gradients": _COMMON,
@@ -61,6 +61,7 @@ def save_directions(directions: Directions, path: Path) -> None:
         "score_name": directions.score_name,
         "names": json.dumps(directions.names),
         "stars": json.dumps(directions.stars),
+        "reach": json.dumps(directions.reach),
     }
     tensors = {"vectors": directions.vectors.float(), "scores": directions.scores.float()}
     _write(path, "directions", tensors, metadata, directions.provenance, directions.width)
@@ -83,10 +84,12 @@ def load_directions(path: Path, *, family: str | None = None, width: int | None 
     count = len(tensors["vectors"])
     method = _decode(metadata, "method", path)
     names, stars = _decode(metadata, "names", path), _decode(metadata, "stars", path)
+    reach = _decode(metadata, "reach", path) if "reach" in metadata else []
     good = isinstance(method, dict) and all(isinstance(value, str) for value in method.values())
     good = good and _list_of(names, str, count) and _list_of(stars, bool, count)
-    if not good:
-        raise ElrondError(f"{path.name} has a method, names or stars that do not fit its {count} directions.")
+    good = good and (reach == [] or _list_of(reach, float, count))
+    if not (good and all(0 <= length < math.inf for length in reach)):
+        raise ElrondError(f"{path.name} has a method, names, stars or reach that do not fit its {count} directions.")
     return Directions(
         vectors=tensors["vectors"],
         scores=tensors["scores"],
@@ -95,6 +98,7 @@ def load_directions(path: Path, *, family: str | None = None, width: int | None 
         names=tuple(names),
         score_name=metadata["score_name"],
         stars=tuple(stars),
+        reach=tuple(reach),
     )
 
 

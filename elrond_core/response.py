@@ -75,14 +75,20 @@ def fit_response(
         ridge=parts.ridge,
     )
     moves, scores = parts.moves[:, : spectrum.kept], parts.eigenvalues[: spectrum.kept]
-    if rotate and spectrum.kept > 1:
+    turned = rotate and spectrum.kept > 1
+    if turned:
         deviations = scores.sqrt()
         values = gradients.flat.double() @ moves
         turn = _independent((values - values.mean(0)) / deviations, seed)
         moves, scores = moves * deviations @ turn.T, turn.square() @ scores
         order = scores.argsort(descending=True)
         moves, scores = moves[:, order], scores[order]
-    moves = (moves / moves.norm(dim=0)).T.reshape(-1, *gradients.vectors.shape[1:]).float()
+    lengths = moves.norm(dim=0)
+    # A step δ changes the image by Jδ, and Jδ = Δ is solved by (2/n)(M + ridge)⁻¹ (2/n)JᵀΔ: in components, each with
+    # the deviation √λ, and in the images' units by the n that gradients were divided by.
+    size_of_latent = gradients.provenance.latent_values
+    reach = lengths * (1 if turned else scores.sqrt()) * 2 / size_of_latent if size_of_latent else torch.empty(0)
+    moves = (moves / lengths).T.reshape(-1, *gradients.vectors.shape[1:]).float()
     method = {
         "name": "response",
         "significance": f"{significance:g}",
@@ -95,6 +101,7 @@ def fit_response(
         method={**method, "rotated": str(rotate).lower()},
         provenance=gradients.provenance,
         score_name=spectrum.name,
+        reach=tuple(reach.tolist()),
     )
     return directions, spectrum
 

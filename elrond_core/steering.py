@@ -50,6 +50,9 @@ def steer(conditioning: torch.Tensor, rows: tuple[int, ...], change: torch.Tenso
     return out
 
 
+RANDOM, SPREAD, NATURAL = WAYS = ("random", "spread", "natural")
+
+
 @dataclass(frozen=True)
 class Draw:
     """What one image of a diversified batch gets.
@@ -74,10 +77,17 @@ def draw_steps(
     mix: int = 1,
     leading: int = 0,
     both_signs: bool = True,
-    spread: bool = False,
+    how: str = RANDOM,
     by_score: bool = False,
 ) -> list[Draw]:
-    """Draw a steering step an image: at random as the paper's diversity sampling does, or evenly spread.
+    """Draw a steering step an image.
+
+    At random, as the paper's diversity sampling does: a direction or a normalised mix of several, and a strength.
+    Spread: mixes of all that lie evenly apart, on a scrambled Sobol sequence over the sphere of mixes and the range of
+    strengths, which leaves fewer holes and clusters than independent draws. Natural: evenly spread too, but each
+    direction as far as the model's own images lie along it, normally distributed, so that a strength of one makes as
+    much variety as they have, in their proportions; the strength is then a multiple of that, and the step in the
+    embedding's own units.
 
     Args:
         directions: what to draw from.
@@ -85,27 +95,42 @@ def draw_steps(
         seed: draw i depends on (seed, i) only.
         lowest: strengths are uniform from here …
         highest: … to here.
-        mix: directions per image; more than one gives the normalised sum of random ones. A spread mixes all.
+        mix: directions per image, if drawn at random; more than one gives the normalised sum of random ones.
         leading: draw from so many leading directions only; 0 means all.
         both_signs: flip the sign of each draw with probability one half.
-        spread: take the steps from a scrambled Sobol sequence over the sphere of mixes and the range of strengths,
-            which leaves fewer holes and clusters than independent draws.
+        how: one of `WAYS`.
         by_score: pick directions in proportion to their scores, and scale their parts in a mix by the scores' roots
             (for explained variances: by how far the model itself varies them).
 
     Raises:
-        ElrondError: if a number is out of range, or no score is positive.
+        ElrondError: if a number is out of range, no score is positive, or the reach of the directions is not known.
     """
+    if how not in WAYS:
+        raise ElrondError(f"Steps are drawn in one of the ways {', '.join(WAYS)}, not {how!r}.")
     pool = min(leading, len(directions)) if leading else len(directions)
     if count < 1:
         raise ElrondError(f"The number of images must be at least 1, got {count}.")
     check_strengths(lowest, highest)
+    if how == NATURAL:
+        if not directions.reach:
+            raise ElrondError(
+                "It is not known how far the model varies along these directions: take those of Fit Response, or draw "
+                "them in another way."
+            )
+        scales = torch.tensor(directions.reach[:pool], dtype=torch.float64)
     scores = directions.scores[:pool].double().clamp_min(0) if by_score else torch.ones(pool, dtype=torch.float64)
     usable = int((scores > 0).sum())
     if not usable:
         raise ElrondError("No direction of this set has a positive score to weigh it by; weigh them equally.")
-    if spread:
-        return _spread(scores.sqrt(), count, seed, lowest, highest, both_signs)
+    if how != RANDOM:
+        place, weights = _spread(scales if how == NATURAL else scores.sqrt(), count, seed, both_signs)
+        strengths = lowest + (highest - lowest) * place
+        if how == NATURAL:
+            # The strength of a draw is the length of its step, and directions need not be at right angles.
+            strengths = strengths * (weights @ directions.vectors[:pool].flatten(1).double()).norm(dim=1)
+        weights = weights / weights.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        indices = tuple(range(pool))
+        return [Draw(indices, tuple(w), s) for w, s in zip(weights.tolist(), strengths.tolist(), strict=True)]
     if not 1 <= mix <= usable:
         raise ElrondError(f"Each image can mix 1 to {usable} of these directions, not {mix}.")
     draws = []
@@ -144,17 +169,13 @@ def check_share(start: float, end: float) -> None:
         raise ElrondError(f"Steering must start before it ends, between 0 and 1, not from {start} to {end}.")
 
 
-def _spread(scales: torch.Tensor, count: int, seed: int, lowest: float, highest: float, both_signs: bool) -> list[Draw]:
-    """Sobol points, of which one dimension is the strength and the others, as normal quantiles, make a mix."""
+def _spread(scales: torch.Tensor, count: int, seed: int, both_signs: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sobol points: one dimension in [0, 1] (count,), the others as normal quantiles times the scales (count, K)."""
     scramble = int(torch.randint(2**31, (1,), generator=generator(seed, "spread")))
     engine = torch.quasirandom.SobolEngine(len(scales) + 1, scramble=True, seed=scramble)
     points = engine.draw(count, dtype=torch.float64)
     weights = torch.special.ndtri(points[:, 1:].clamp(1e-9, 1 - 1e-9)) * scales
-    weights = weights if both_signs else weights.abs()
-    weights = weights / weights.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    strengths = lowest + (highest - lowest) * points[:, 0]
-    indices = tuple(range(len(scales)))
-    return [Draw(indices, tuple(w), s) for w, s in zip(weights.tolist(), strengths.tolist(), strict=True)]
+    return points[:, 0], weights if both_signs else weights.abs()
 
 
 def change_of(directions: Directions, draw: Draw) -> torch.Tensor:

@@ -10,12 +10,11 @@ from comfy_api.latest import io
 from ..elrond_core.compose import strengths_of
 from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
-from ..elrond_core.steering import Draw, change_of, check_share, check_strengths, draw_steps
+from ..elrond_core.steering import NATURAL, RANDOM, WAYS, Draw, change_of, check_share, check_strengths, draw_steps
 from ..elrond_core.tokens import Concept
 from . import host
-from .types import CONCEPT_INPUT, RELATIVE, UNIT_INPUT, DirectionsIO, seed_input
+from .types import ABSOLUTE, CONCEPT_INPUT, RELATIVE, UNIT_INPUT, DirectionsIO, seed_input
 
-_RANDOM, _SPREAD = "random", "spread"
 _EQUAL, _BY_SCORE = "equal", "by score"
 _START = io.Float.Input(
     "start", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Share of the sampling at which steering starts."
@@ -165,11 +164,13 @@ class Diversify(io.ComfyNode):
                 CONCEPT_INPUT,
                 io.Combo.Input(
                     "how",
-                    options=[_RANDOM, _SPREAD],
-                    default=_RANDOM,
+                    options=list(WAYS),
+                    default=RANDOM,
                     optional=True,
                     tooltip="random: each image draws on its own, as in the paper. spread: mixes of all leading "
-                    "directions that lie evenly apart, so that a small batch covers more.",
+                    "directions that lie evenly apart, so that a small batch covers more. natural: such mixes in the "
+                    "proportions in which the model's own images vary; strengths are multiples of that (unit is not "
+                    "used). Needs directions of Fit Response.",
                 ),
                 io.Combo.Input(
                     "weights",
@@ -218,10 +219,12 @@ class Diversify(io.ComfyNode):
         start: float,
         end: float,
         concept: str,
-        how: str = _RANDOM,
+        how: str = RANDOM,
         weights: str = _EQUAL,
     ) -> io.NodeOutput:
         """Draw and steer."""
+        if how == NATURAL:
+            unit = ABSOLUTE
         draws = draw_steps(
             directions,
             count,
@@ -231,7 +234,7 @@ class Diversify(io.ComfyNode):
             mix,
             leading,
             both_signs,
-            spread=how == _SPREAD,
+            how,
             by_score=weights == _BY_SCORE,
         )
         changes = torch.stack([change_of(directions, draw) for draw in draws])

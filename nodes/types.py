@@ -10,10 +10,10 @@ GradientsIO = io.Custom("ELROND_GRADIENTS")
 DirectionsIO = io.Custom("ELROND_DIRECTIONS")
 
 SEED_LIMIT = 0xFFFFFFFFFFFFFFFF
-RELATIVE = "token norms"
+RELATIVE, ABSOLUTE = "token norms", "absolute"
 UNIT_INPUT = io.Combo.Input(
     "unit",
-    options=[RELATIVE, "absolute"],
+    options=[RELATIVE, ABSOLUTE],
     default=RELATIVE,
     tooltip="What a strength of 1 is: the length of the concept's own embedding (about the same for every model), "
     "or one embedding unit (the paper's strengths, 30 to 60 on SDXL).",

@@ -36,7 +36,8 @@ def directions() -> Directions:
     vectors = torch.eye(12)[:4].reshape(4, 3, 4)
     method = {"name": "pca", "significance": "2.5"}
     names, stars = ("hue", "", "größe", ""), (True, False, False, True)
-    return Directions(vectors, torch.tensor([0.4, 0.3, 0.2, 0.05]), method, HERE, names, "share", stars)
+    reach = (4.5, 3.0, 0.25, 0.0)
+    return Directions(vectors, torch.tensor([0.4, 0.3, 0.2, 0.05]), method, HERE, names, "share", stars, reach)
 
 
 def gradients() -> Gradients:
@@ -79,7 +80,9 @@ def test_moments_round_trip(tmp_path: Path) -> None:
 
 
 def test_golden_files_stay_readable() -> None:
-    same(directions(), files.load_directions(GOLDEN / "directions-1.safetensors", family="SDXL", width=4))
+    # The file is from before directions had a reach.
+    old = replace(directions(), reach=())
+    same(old, files.load_directions(GOLDEN / "directions-1.safetensors", family="SDXL", width=4))
     same(gradients(), files.load_gradients(GOLDEN / "gradients-1.safetensors"))
     same(Moments.of(gradients()), files.load_moments(GOLDEN / "moments-1.safetensors"))
 
@@ -155,6 +158,9 @@ def rewritten(path: Path, tensors: dict | None = None, **metadata: str | None) -
         ({"token_norm": "long"}, "rows, tokens, sigma or token_norm"),
         ({"names": "[]"}, "do not fit its 4 directions"),
         ({"stars": "[1, 0, 0, 1]"}, "do not fit its 4 directions"),
+        ({"reach": "[1.0, 2.0]"}, "do not fit its 4 directions"),
+        ({"reach": "[1.0, 2.0, 3.0, -1.0]"}, "do not fit its 4 directions"),
+        ({"reach": "[1.0, 2.0, 3.0, 1e999]"}, "do not fit its 4 directions"),
         ({"method": '{"k": 32}'}, "do not fit its 4 directions"),
         ({"method": '"pca"'}, "do not fit its 4 directions"),
     ],

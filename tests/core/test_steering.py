@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ def drawn(set_: Directions, count: int, seed: int = 1, **settings) -> torch.Tens
     return torch.stack([change_of(set_, draw)[0] for draw in draws])
 
 
-@pytest.mark.parametrize("settings", [{}, {"mix": 3}, {"spread": True}, {"by_score": True, "mix": 2}])
+@pytest.mark.parametrize("settings", [{}, {"mix": 3}, {"how": "spread"}, {"by_score": True, "mix": 2}])
 def test_a_step_depends_on_seed_and_index_only(settings: dict) -> None:
     set_ = directions([4.0, 3.0, 2.0, 1.0])
     many, few = drawn(set_, 20, **settings), drawn(set_, 7, **settings)
@@ -30,9 +32,9 @@ def test_a_step_depends_on_seed_and_index_only(settings: dict) -> None:
     torch.testing.assert_close(many.norm(dim=1), torch.ones(20))
 
 
-@pytest.mark.parametrize("spread", [False, True])
-def test_strengths_fill_their_range(spread: bool) -> None:
-    norms = drawn(directions([1.0] * 3), 256, lowest=0.2, highest=0.6, spread=spread).norm(dim=1)
+@pytest.mark.parametrize("how", ["random", "spread"])
+def test_strengths_fill_their_range(how: str) -> None:
+    norms = drawn(directions([1.0] * 3), 256, lowest=0.2, highest=0.6, how=how).norm(dim=1)
     assert 0.2 <= norms.min() < 0.21 and 0.59 < norms.max() <= 0.6 + 1e-6
 
 
@@ -42,10 +44,10 @@ def test_a_spread_has_fewer_holes_than_chance() -> None:
     circle = torch.linspace(0, 2 * torch.pi, 720)
     points = torch.stack([circle.cos(), circle.sin()], 1)
 
-    def hole(spread: bool, seed: int) -> float:
-        return float((points @ drawn(set_, 32, seed, spread=spread, mix=1 if spread else 2).T).amax(1).min().acos())
+    def hole(how: str, seed: int) -> float:
+        return float((points @ drawn(set_, 32, seed, how=how, mix=2).T).amax(1).min().acos())
 
-    assert max(hole(True, seed) for seed in range(10)) < sum(hole(False, seed) for seed in range(10)) / 10
+    assert max(hole("spread", seed) for seed in range(10)) < sum(hole("random", seed) for seed in range(10)) / 10
 
 
 def test_scores_weigh() -> None:
@@ -53,13 +55,25 @@ def test_scores_weigh() -> None:
     picked = drawn(set_, 400, by_score=True).abs().argmax(1)
     counts = torch.bincount(picked, minlength=3) / 400
     assert abs(float(counts[0]) - 0.9) < 0.05 and counts[2] == 0
-    parts = drawn(set_, 400, by_score=True, spread=True).square().mean(0)
+    parts = drawn(set_, 400, by_score=True, how="spread").square().mean(0)
     assert parts[0] > 3 * parts[1] and parts[2] == 0
 
 
 def test_one_sign() -> None:
-    for spread in (False, True):
-        assert (drawn(directions([1.0, 1.0]), 50, both_signs=False, spread=spread) >= 0).all()
+    for how in ("random", "spread"):
+        assert (drawn(directions([1.0, 1.0]), 50, both_signs=False, how=how) >= 0).all()
+
+
+def test_natural_steps_have_the_variety_of_the_model() -> None:
+    """Directions aslant of each other: the steps' covariance is that of independent parts of the given reach."""
+    slanted = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.5, 2.0]]), dim=1)
+    set_ = replace(directions([1.0] * 3), vectors=slanted[:, None], reach=(3.0, 1.0, 0.5))
+    wanted = slanted.T @ torch.diag(torch.tensor(set_.reach) ** 2) @ slanted
+    torch.testing.assert_close(drawn(set_, 1024, how="natural").T.cov(), wanted, atol=0.1, rtol=0.02)
+    half = drawn(set_, 64, how="natural", lowest=0.5, highest=0.5)
+    torch.testing.assert_close(half, 0.5 * drawn(set_, 64, how="natural"))
+    only = drawn(set_, 64, how="natural", leading=1)
+    assert (only[:, 1:] == 0).all() and only[:, 0].std() == pytest.approx(3, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +81,8 @@ def test_one_sign() -> None:
     [
         ({"lowest": 1.0, "highest": 0.5}, "lowest strength 1.0 is above the highest 0.5"),
         ({"lowest": -1.0}, "at least 0"),
+        ({"how": "natural"}, "take those of Fit Response"),
+        ({"how": "even"}, "random, spread, natural, not 'even'"),
         ({"highest": float("nan")}, "finite"),
         ({"mix": 3, "leading": 2}, "mix 1 to 2 of these directions, not 3"),
         ({"mix": 3, "by_score": True}, "mix 1 to 2 of these directions, not 3"),

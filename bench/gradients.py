@@ -60,7 +60,7 @@ def families() -> int:
 def machine() -> str:
     """What the figures were measured on."""
     kind = f"{platform.processor() or platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return f"{kind}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{kind}, threads: {torch.get_num_threads()}, torch {torch.__version__}"
 
 
 def fill(module: torch.nn.Module) -> torch.nn.Module:

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from .errors import ElrondError
 from .gradients import Gradients
 from .moments import Moments
 from .provenance import Provenance
+from .shards import write
 
 FORMAT_VERSION = "1"
 NORM_TOLERANCE = 1e-3
@@ -35,6 +35,7 @@ _LAYOUTS: dict[str, dict[str, tuple[str, str]]] = {
         "sources": ("I64", "N"),
         "targets": ("I64", "N"),
         "response": ("F32", "MRd"),
+        "response_sigma": ("F32", "M"),
     },
     "moments": {"shape": ("I64", "s"), "mean": ("F64", "P"), "scatter": ("F64", "PP")},
 }
@@ -42,6 +43,8 @@ _COMMON = {"format_version", "kind", "project_version", "family", "d", "rows", "
 _COMMON |= {"token_norm", "sigma", "count", "seed", "host"}
 # Files of earlier releases lack them.
 _OPTIONAL = {"latent_values", "reach"}
+# Only where there are several noise levels.
+_OPTIONAL_TENSORS = {"response_sigma"}
 _KEYS = {
     "directions": _COMMON | {"method", "score_name", "names", "stars"},
     "gradients": _COMMON,
@@ -109,6 +112,7 @@ def save_gradients(gradients: Gradients, path: Path) -> None:
         ElrondError: if a gradient is not finite, or the file cannot be written.
     """
     tensors = {name: getattr(gradients, name) for name in _LAYOUTS["gradients"]}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     _check_finite(tensors, "These gradients")
     _write(path, "gradients", tensors, {}, gradients.provenance, gradients.vectors.shape[2])
 
@@ -191,20 +195,12 @@ def _write(
         "latent_values": str(provenance.latent_values),
         **own,
     }
-    # In the same folder, since a replacement is atomic only within one file system.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    content = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, metadata)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, metadata)
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write(path, content)
     except OSError as error:
         raise ElrondError(f"{path.name} could not be written: {error.strerror or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(
@@ -238,7 +234,7 @@ def _read(
 
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in _LAYOUTS[kind]}
+            tensors = {name: file.get_tensor(name) for name in header}
     except Exception as error:  # The library raises its own, undocumented types.
         raise ElrondError(f"{path.name} is damaged: {str(error).rstrip('.')}.") from error
     _check_finite(tensors, path.name)
@@ -295,12 +291,15 @@ def _sound(entry: Any, available: int) -> bool:
 def _check_layout(path: Path, kind: str, header: dict[str, Any]) -> dict[str, int]:
     """Compare the header's tensors with the layout of the kind; return the lengths by letter."""
     layout = _LAYOUTS[kind]
-    if set(header) != set(layout):
+    needed = set(layout) - _OPTIONAL_TENSORS
+    if not needed <= set(header) <= set(layout):
         raise ElrondError(
-            f"{path.name} should hold the tensors {', '.join(sorted(layout))}, and holds {', '.join(sorted(header))}."
+            f"{path.name} should hold the tensors {', '.join(sorted(needed))}, and holds {', '.join(sorted(header))}."
         )
     lengths: dict[str, int] = {}
     for name, (dtype, letters) in layout.items():
+        if name not in header:
+            continue
         entry = header[name]
         agrees = entry["dtype"] == dtype and len(entry["shape"]) == len(letters)
         for letter, length in zip(letters, entry["shape"], strict=False):

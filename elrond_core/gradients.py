@@ -8,8 +8,8 @@ the word would have to move to turn A's image into B's.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from .errors import ElrondError
 from .provenance import Provenance
 from .seeding import generator, normal
+from .shards import Shards
 
 
 class Denoiser(Protocol):
@@ -24,7 +25,7 @@ class Denoiser(Protocol):
 
     @property
     def rows(self) -> torch.Tensor:
-        """The concept's rows as encoded, float32, (R, d)."""
+        """The rows to differentiate, as encoded, float32, (R, d): the concept's, then others of the prompt if any."""
 
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:
         """Equation 1: latents at noise level `sigma`, all (B, …)."""
@@ -48,6 +49,7 @@ class Gradients:
         provenance: where they come from.
         response: float32, (M, R, d): back-propagated white noise at the same points, scaled like the gradients, so
             that its second moment estimates the response JᵀJ; M is 0 where it was not collected.
+        response_sigma: float32, (M,): noise level of each response, where there are several levels; else None.
     """
 
     vectors: torch.Tensor
@@ -56,6 +58,7 @@ class Gradients:
     targets: torch.Tensor
     provenance: Provenance
     response: torch.Tensor
+    response_sigma: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         count = len(self.vectors)
@@ -66,6 +69,8 @@ class Gradients:
             )
         if not len(self.sigma) == len(self.sources) == len(self.targets) == count:
             raise ElrondError(f"{count} gradients need as many noise levels, sources and targets.")
+        if self.response_sigma is not None and len(self.response_sigma) != len(self.response):
+            raise ElrondError(f"{len(self.response)} responses need as many noise levels.")
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -74,6 +79,52 @@ class Gradients:
     def flat(self) -> torch.Tensor:
         """(N, R·d): the rows of a concept as one long vector, which is how they are decomposed."""
         return self.vectors.flatten(1)
+
+    @property
+    def levels(self) -> list[float]:
+        """The noise levels, in the model's units, highest first."""
+        return sorted(self.sigma.unique().tolist(), reverse=True)
+
+    def at_levels(self, levels: Sequence[float]) -> Gradients:
+        """Only the gradients, and responses, of these noise levels.
+
+        Raises:
+            ElrondError: if there are none.
+        """
+        some = torch.tensor(list(levels), dtype=torch.float32)
+        kept, heard = torch.isin(self.sigma, some), torch.isin(self._response_levels(), some)
+        if not kept.any():
+            raise ElrondError(f"There are no gradients of that noise level, only of {_listed(self.levels)}.")
+        return Gradients(
+            vectors=self.vectors[kept],
+            sigma=self.sigma[kept],
+            sources=self.sources[kept],
+            targets=self.targets[kept],
+            provenance=replace(self.provenance, sigma=tuple(self.sigma[kept].unique().tolist()), count=int(kept.sum())),
+            response=self.response[heard],
+            response_sigma=None if self.response_sigma is None else self.response_sigma[heard],
+        )
+
+    def normalised(self) -> Gradients:
+        """Gradients, and responses, divided by the root mean square length of their noise level's gradients.
+
+        Every level then has the same say in pooled directions; both are divided by the same length, so that a level's
+        response directions do not change.
+        """
+        scale, heard = torch.ones(len(self)), torch.ones(len(self.response))
+        for level in self.levels:
+            here = self.sigma == level
+            length = self.flat[here].double().square().sum(1).mean().sqrt().float()
+            if length > 0:
+                scale[here], heard[self._response_levels() == level] = 1 / length, 1 / length
+        return replace(self, vectors=self.vectors * scale[:, None, None], response=self.response * heard[:, None, None])
+
+    def _response_levels(self) -> torch.Tensor:
+        if self.response_sigma is not None:
+            return self.response_sigma
+        if len(self.levels) > 1 and len(self.response):
+            raise ElrondError("These gradients do not say which noise level their responses are of.")
+        return self.sigma[:1].expand(len(self.response))
 
 
 def check_targets(realizations: int, targets: int) -> None:
@@ -227,72 +278,112 @@ def collect(
     realizations: torch.Tensor,
     provenance: Provenance,
     count: int,
-    sigma: float,
+    sigma: float | Sequence[float],
     seed: int,
     batch_size: int = 8,
     response: bool = False,
     on_batch: Callable[[int], None] | None = None,
     targets: int = 1,
+    others: int = 0,
+    compared: torch.Tensor | None = None,
+    shards: Shards | None = None,
 ) -> Gradients:
-    """Collect gradients of random pairs of realizations at one noise level.
+    """Collect gradients of random pairs of realizations.
 
     Args:
         denoiser: the model.
         realizations: latents of one prompt, float, (n, …), n ≥ 2.
         provenance: family, prompt, concept and rows; the rest is filled in here.
         count: number of gradients.
-        sigma: noise level, in the model's units.
-        seed: fixes pairs and noise; gradient i depends on (seed, i) only.
+        sigma: noise level in the model's units, or several, which take turns.
+        seed: fixes pairs and noise; gradient i depends on (seed, i) and the levels only.
         batch_size: noised realizations a forward pass; fewer where they do not fit into memory.
         response: also back-propagate white noise at every point.
         on_batch: called with the number of gradients so far; may raise to stop.
         targets: others that each noised realization is compared with: gradients a forward pass. The response is
             taken once for all of them.
+        others: how many of the denoiser's last rows are not the concept's. The mean gradient of all its rows is then
+            subtracted from the concept's.
+        compared: what the denoiser's output is compared with, (n, …) in the order of the realizations and of as many
+            dimensions; these themselves unless it returns something else than latents, such as image features.
+        shards: keeps every batch as soon as it is done, and gives back those of an earlier run.
 
     Raises:
         ElrondError: if count < 1, sigma ≤ 0, there are too few realizations, or too little memory for one gradient.
     """
+    levels = [float(level) for level in ([sigma] if isinstance(sigma, (int, float)) else sigma)]
     if count < 1:
         raise ElrondError(f"The number of gradients must be at least 1, got {count}.")
-    if sigma <= 0:
-        raise ElrondError(f"The noise level must be above zero, got {sigma}.")
+    if not levels or min(levels) <= 0:
+        raise ElrondError(f"The noise level must be above zero, got {_listed(levels) or 'none'}.")
     pairs = draw_pairs(count, len(realizations), seed, targets)
-    shape = tuple(realizations.shape[1:])
+    compared = realizations if compared is None else compared
+    shape = tuple(compared.shape[1:])
     differentiate = Differentiator(denoiser)
-    found, responses = [], []
-    for indices in _batches(-(-count // targets), batch_size):
-        probe = normal(shape, seed, "probe", indices) if response else None
+    own = len(denoiser.rows) - others
+    sources = -(-count // targets)
+    vectors = torch.empty(sources * targets, own, denoiser.rows.shape[1])
+    responses = vectors.new_empty(sources if response else 0, *vectors.shape[1:])
+    done = 0
+    for number, (level, indices) in enumerate(_batches(sources, batch_size, len(levels))):
         # The last source may have fewer targets; it is compared with one of them again, and the surplus is dropped.
-        places = (torch.tensor(indices) * targets + torch.arange(targets)[:, None]).clamp(max=count - 1)
-        vectors, answered = differentiate(
-            realizations[pairs[places[0], 0]],
-            realizations[pairs[places, 1]],
-            normal(shape, seed, "noise", indices),
-            sigma,
-            probe,
-        )
-        found.append(vectors.transpose(0, 1).flatten(0, 1))
-        if answered is not None:
-            responses.append(answered)
+        places = torch.tensor(indices) * targets + torch.arange(targets)[:, None]
+        drawn = places.clamp(max=count - 1)
+        answer = None
+        kept = shards.get(number) if shards is not None else None
+        if kept is not None:
+            found, answer = kept["vectors"], kept.get("response")
+        else:
+            each, answer = differentiate(
+                realizations[pairs[drawn[0], 0]],
+                compared[pairs[drawn, 1]],
+                normal(tuple(realizations.shape[1:]), seed, "noise", indices),
+                levels[level],
+                normal(shape, seed, "probe", indices) if response else None,
+            )
+            found = _without_common(each, others).transpose(0, 1).flatten(0, 1).contiguous()
+            answer = None if answer is None else _without_common(answer, others).contiguous()
+            if shards is not None:
+                shards.put(number, {"vectors": found} | ({} if answer is None else {"response": answer}))
+        vectors[places.T.flatten()] = found
+        if answer is not None:
+            responses[indices] = answer
+        done += int((places < count).sum())
         if on_batch:
-            on_batch(min(count, (indices[-1] + 1) * targets))
-    rows = denoiser.rows
+            on_batch(done)
+    turns = torch.tensor(levels)[torch.arange(sources) % len(levels)]
     return Gradients(
-        vectors=torch.cat(found)[:count],
-        sigma=torch.full((count,), float(sigma)),
+        vectors=vectors[:count],
+        sigma=turns.repeat_interleave(targets)[:count],
         sources=pairs[:, 0],
         targets=pairs[:, 1],
         provenance=provenance.with_(
-            token_norm=float(rows.float().norm(dim=-1).mean()),
-            sigma=(float(sigma),),
+            token_norm=float(denoiser.rows[:own].float().norm(dim=-1).mean()),
+            sigma=tuple(levels),
             count=count,
             seed=seed,
-            latent_values=realizations[0].numel(),
+            latent_values=compared[0].numel(),
         ),
-        response=torch.cat(responses) if responses else torch.empty(0, *rows.shape),
+        response=responses,
+        response_sigma=turns if response and len(levels) > 1 else None,
     )
 
 
-def _batches(count: int, size: int) -> Iterator[list[int]]:
-    for start in range(0, count, max(1, size)):
-        yield list(range(start, min(count, start + max(1, size))))
+def _without_common(gradients: torch.Tensor, others: int) -> torch.Tensor:
+    if not others:
+        return gradients
+    return gradients[..., : gradients.shape[-2] - others, :] - gradients.mean(-2, keepdim=True)
+
+
+def _batches(count: int, size: int, levels: int) -> Iterator[tuple[int, list[int]]]:
+    """The level and the items of every batch; item i is of level i modulo their number."""
+    size = max(1, size)
+    for start in range(0, count, size * levels):
+        for level in range(levels):
+            items = list(range(start + level, min(count, start + size * levels), levels))
+            if items:
+                yield level, items
+
+
+def _listed(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:.4g}" for number in numbers)

@@ -68,7 +68,8 @@ class EncodeConcept(io.ComfyNode):
         lines = [f"prompt: {plain}"]
         lines += [f"concept {c.word!r}: tokens {' '.join(c.tokens)}, rows {list(c.rows)}" for c in concepts]
         lines += ["rows: " + " ".join(f"{p.row - dropped}={p.text.strip()}" for p in pieces)]
-        marked = host.mark(conditioning, host.family_of(clip), plain, concepts)
+        words = tuple(sorted({p.row - dropped for p in pieces}))
+        marked = host.mark(conditioning, host.family_of(clip), plain, concepts, words)
         return io.NodeOutput(marked, "\n".join(lines))
 
 

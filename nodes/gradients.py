@@ -79,6 +79,19 @@ class CollectGradients(io.ComfyNode):
                     tooltip="Others that each noised realization is compared with. More share one forward pass, which "
                     "makes a gradient faster, but gradients of one realization resemble each other.",
                 ),
+                io.String.Input(
+                    "more_levels",
+                    default="",
+                    optional=True,
+                    tooltip="Further noise levels, such as 0.8, 0.6: gradients are shared out among all. "
+                    "Select Gradients tells them apart again.",
+                ),
+                io.Boolean.Input(
+                    "remove_common",
+                    default=False,
+                    optional=True,
+                    tooltip="Subtract the mean gradient of all words of the prompt: what is left is the concept's own.",
+                ),
             ],
             outputs=[GradientsIO.Output(display_name="gradients", tooltip="For Fit PCA, Train SAE, Estimate LID.")],
         )
@@ -97,6 +110,8 @@ class CollectGradients(io.ComfyNode):
         cfg: float = 1.0,
         negative: Any = None,
         targets_per_realization: int = 1,
+        more_levels: str = "",
+        remove_common: bool = False,
     ) -> io.NodeOutput:
         """Collect under the host's model management."""
         samples = realizations["samples"]
@@ -105,6 +120,8 @@ class CollectGradients(io.ComfyNode):
             raise ElrondError(f"A cfg of {cfg} needs a negative prompt: connect one, or set cfg to 1.")
         _, memory = host.marked(positive)
         concept = memory["concepts"][0]
+        if remove_common and not set(memory["words"]) - set(concept.rows):
+            raise ElrondError("The prompt has no words beside the concept: switch remove_common off, or add some.")
         provenance = Provenance(
             family=memory["family"],
             prompt=memory["prompt"],
@@ -113,8 +130,24 @@ class CollectGradients(io.ComfyNode):
             rows=concept.rows,
             host=host.HOST,
         )
-        sigma = host.sigma_of(model, noise_level)
-        update = host.progress(count)
+        sigma = [host.sigma_of(model, level) for level in [noise_level, *_levels(more_levels)]]
+        if len(set(sigma)) < len(sigma):
+            raise ElrondError("Each noise level can be named once only: change noise_level or more_levels.")
+        guidance = cfg if negative is not None else 1.0
+        # Everything that the result depends on, if only in the last bit, as it does on the batch size.
+        settings = (
+            provenance,
+            count,
+            sigma,
+            seed,
+            batch_size,
+            targets_per_realization,
+            response,
+            remove_common,
+            guidance,
+        )
+        shards = host.open_shards(model, positive, negative, samples, settings)
+        update = host.progress(count, model)
 
         def work(denoiser: host.HostDenoiser, latents: Any) -> Gradients:
             return collect(
@@ -126,11 +159,71 @@ class CollectGradients(io.ComfyNode):
                 seed,
                 batch_size,
                 response=response,
-                on_batch=update,
                 targets=targets_per_realization,
+                on_batch=lambda done: update(done, denoiser.latest),
+                others=denoiser.others,
+                shards=shards,
             )
 
-        return io.NodeOutput(host.visit(model, positive, negative, cfg, samples, seed, work))
+        return io.NodeOutput(host.visit(model, positive, negative, cfg, samples, seed, work, words=remove_common))
 
 
-NODES = [CollectGradients]
+def _levels(text: str) -> list[float]:
+    try:
+        levels = [float(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        levels = [-1.0]
+    if not all(0 < level <= 1 for level in levels):
+        raise ElrondError(f"more_levels is a list of numbers above 0 and up to 1, such as 0.8, 0.6; not {text!r}.")
+    return levels
+
+
+class SelectGradients(io.ComfyNode):
+    """Gradients of one noise level, or of all with an equal say."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="ElrondSelectGradients",
+            display_name="Select Gradients (ELROND)",
+            category="ELROND",
+            description="Takes the gradients of one noise level out of several, or gives every level the same say.",
+            inputs=[
+                GradientsIO.Input("gradients", tooltip="From Collect Gradients or Load Gradients."),
+                io.Int.Input(
+                    "level",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    tooltip="Which noise level to keep: 1 is the highest, 2 the next; 0 keeps all.",
+                ),
+                io.Boolean.Input(
+                    "normalise",
+                    default=True,
+                    tooltip="Divide each level's gradients by their root mean square length. Without it the highest "
+                    "level decides the pooled directions, because its gradients are the longest.",
+                ),
+            ],
+            outputs=[
+                GradientsIO.Output(display_name="gradients", tooltip="For Fit PCA, Train SAE, Estimate LID."),
+                io.String.Output(display_name="report", tooltip="The noise levels and how many gradients of each."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, gradients: Gradients, level: int, normalise: bool) -> io.NodeOutput:
+        """Select."""
+        levels = gradients.levels
+        if level > len(levels):
+            raise ElrondError(f"There are {len(levels)} noise levels, and no level {level}.")
+        lines = [
+            f"{place}: {int((gradients.sigma == value).sum())} gradients at noise level {value:.4g} "
+            f"of mean length {float(gradients.flat[gradients.sigma == value].norm(dim=1).mean()):.3g}"
+            for place, value in enumerate(levels, 1)
+        ]
+        chosen = gradients.at_levels(levels[level - 1 : level]) if level else gradients
+        return io.NodeOutput(chosen.normalised() if normalise else chosen, "\n".join(lines))
+
+
+NODES = [CollectGradients, SelectGradients]

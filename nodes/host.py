@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -21,17 +22,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import comfy.clip_vision
 import comfy.ldm.modules.attention
 import comfy.model_management
+import comfy.model_patcher
 import comfy.ops
 import comfy.sample
 import comfy.samplers
+import comfy.sd
 import comfy.text_encoders.sd3_clip
 import comfy.utils
 import folder_paths
 import latent_preview
 import torch
 
+from ..elrond_core import __version__, shards
 from ..elrond_core.checkpointing import Checkpointing, Footprint, SavedTensors, blocks_of, footprint
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.seeding import generator, normal
@@ -159,13 +164,16 @@ def encode(clip: Any, prompt: str) -> Conditioning:
     return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
 
 
-def mark(conditioning: Conditioning, family: str, prompt: str, concepts: list[Concept]) -> Conditioning:
-    """A conditioning that remembers which rows are its concepts'."""
+def mark(
+    conditioning: Conditioning, family: str, prompt: str, concepts: list[Concept], words: tuple[int, ...] = ()
+) -> Conditioning:
+    """A conditioning that remembers which rows are its concepts', and which are the prompt's words'."""
     rows = conditioning[0][0][0].float()
     memory = {
         "family": family,
         "prompt": prompt,
         "concepts": tuple(concepts),
+        "words": words,
         # Kept from before any steering, so that strengths relative to it do not depend on the order of steps.
         "norms": tuple(float(rows[list(c.rows)].norm(dim=-1).mean()) for c in concepts),
     }
@@ -236,13 +244,19 @@ def sigma_of(model: Any, noise_level: float) -> float:
     return float(sampling.percent_to_sigma(1 - noise_level))
 
 
-def progress(total: int) -> Callable[[int], None]:
-    """ComfyUI's progress bar; each call also stops the work if the user cancelled it."""
-    bar = comfy.utils.ProgressBar(total)
+def progress(total: int, model: Any = None) -> Callable[..., None]:
+    """ComfyUI's progress bar; each call also stops the work if the user cancelled it.
 
-    def update(done: int) -> None:
+    With a MODEL, latents of it that are handed on as the second argument are shown as the host shows those it samples.
+    """
+    bar = comfy.utils.ProgressBar(total)
+    # Only its previewer is used: its own progress bar counts from where the work starts.
+    shown = latent_preview.get_previewer(model.load_device, model.model.latent_format) if model is not None else None
+
+    def update(done: int, latents: torch.Tensor | None = None) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        bar.update_absolute(done, total)
+        picture = shown.decode_latent_to_preview_image("JPEG", latents) if shown and latents is not None else None
+        bar.update_absolute(done, total, picture)
 
     return update
 
@@ -326,7 +340,9 @@ def _per_sample_noise(
 class HostDenoiser:
     """`elrond_core.gradients.Denoiser` over the host's guider: any model, patches and guidance included."""
 
-    def __init__(self, guider: Any, model_options: dict[str, Any], seed: int, latents: torch.Tensor) -> None:
+    def __init__(
+        self, guider: Any, model_options: dict[str, Any], seed: int, latents: torch.Tensor, words: bool = False
+    ) -> None:
         self._guider = guider
         self._options = model_options
         self._seed = seed
@@ -335,7 +351,13 @@ class HostDenoiser:
         entry = next(entry for entry in guider.conds["positive"] if MARK in entry)
         self._entry = entry
         self._encoded: torch.Tensor = entry["cross_attn"]
-        self._index = torch.tensor(entry[MARK]["concepts"][0].rows)
+        own = entry[MARK]["concepts"][0].rows
+        others = tuple(row for row in entry[MARK]["words"] if row not in own) if words else ()
+        self._index = torch.tensor(own + others)
+        # How many of the last rows are not the concept's.
+        self.others = len(others)
+        # The first clean estimate of the latest call.
+        self.latest: torch.Tensor | None = None
         self.rows: torch.Tensor = self._encoded[0, self._index].float().cpu().clone()
         self.checkpointing = Checkpointing(blocks_of(guider.inner_model.diffusion_model), SavedTensors())
         # Whether activations are computed again instead of kept.
@@ -359,11 +381,13 @@ class HostDenoiser:
 
     def denoised(self, noisy: torch.Tensor, sigma: float, rows: torch.Tensor) -> torch.Tensor:
         """Equation 2: what the sampler calls `denoised`, with the concept's rows replaced."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
         if not (torch.is_grad_enabled() and rows.requires_grad):
             return self._denoised(noisy, sigma, rows)
         self.make_room(noisy, sigma, rows)
         with self.checkpointing.active() if self.recomputes else contextlib.nullcontext():
             estimate = self._denoised(noisy, sigma, rows)
+        self.latest = estimate[:1].detach()
         if not estimate.requires_grad:
             raise ElrondError(
                 f"{_name(self._guider.inner_model)} cannot be differentiated at this noise level: its estimate does "
@@ -424,9 +448,10 @@ class HostDenoiser:
 class _Visit(comfy.samplers.Sampler):
     """A sampler that takes no step: it lends the prepared model to a piece of work."""
 
-    def __init__(self, work: Callable[[HostDenoiser, torch.Tensor], Any], latents: torch.Tensor) -> None:
+    def __init__(self, work: Callable[[HostDenoiser, torch.Tensor], Any], latents: torch.Tensor, words: bool) -> None:
         self.work = work
         self.latents = latents
+        self.words = words
         self.result: Any = None
 
     def sample(
@@ -448,7 +473,7 @@ class _Visit(comfy.samplers.Sampler):
         options = extra_args["model_options"]
         options.setdefault("transformer_options", {})["optimized_attention_override"] = _attention
         with _frozen(model_wrap.inner_model), _exact(model_wrap.inner_model):
-            denoiser = HostDenoiser(model_wrap, options, extra_args.get("seed", 0), latent_image)
+            denoiser = HostDenoiser(model_wrap, options, extra_args.get("seed", 0), latent_image, self.words)
             try:
                 self.result = self._run(denoiser, model_wrap.inner_model.process_latent_in(self.latents))
             except (RuntimeError, NotImplementedError) as error:
@@ -514,6 +539,7 @@ def visit(
     latents: torch.Tensor,
     seed: int,
     work: Callable[[HostDenoiser, torch.Tensor], Result],
+    words: bool = False,
 ) -> Result:
     """Load a model as for sampling, run `work` with a differentiable view of it, and leave it as it was.
 
@@ -525,6 +551,7 @@ def visit(
         latents: realizations as a LATENT holds them; `work` receives them in the model's own scale.
         seed: handed to the host's guider.
         work: called with the denoiser and those latents.
+        words: whether the denoiser's rows are those of all words of the prompt, the concept's first.
     """
     marked(positive)
     with torch.inference_mode(False), torch.no_grad(), _training_flag():
@@ -532,12 +559,77 @@ def visit(
         guider.set_conds(_clone(positive), _clone(negative if negative is not None else positive))
         guider.set_cfg(cfg if negative is not None else 1.0)
         latents = comfy.sample.fix_empty_latent_channels(model, latents.clone())
-        visitor = _Visit(work, latents)
+        visitor = _Visit(work, latents, words)
         sigmas = torch.tensor([sigma_of(model, 1.0), 0.0])
         # The host is shown one of them only: it would make room for as many at once.
         shown = latents[:1]
         guider.sample(torch.zeros_like(shown), shown, visitor, sigmas, disable_pbar=True, seed=seed)
         return visitor.result
+
+
+def open_shards(model: Any, *values: Any) -> shards.Shards | None:
+    """The kept batches of the work that a MODEL and everything else that determines it make, in the output folder.
+
+    Patches that nodes of other packs make may have no content that could be compared; then nothing is kept, and the
+    log says so.
+    """
+    attention = comfy.ldm.modules.attention.optimized_attention
+    about = (__version__, HOST, torch.__version__, comfy.model_management.get_torch_device_name(model.load_device))
+    try:
+        name = shards.fingerprint(about, attention, model, values, content=_content)
+    except shards.NoFingerprintError as error:
+        logging.warning(f"ELROND: this work cannot be continued after an interruption, since a {error}")
+        return None
+    root = output_folder() / "collections"
+    shards.prune(root, name)
+    return shards.Shards(root, name, lambda sentence: logging.warning(f"ELROND: {sentence}"))
+
+
+# Attributes of a patcher that change what its model computes, as far as the host has them.
+_PATCHES = (
+    "patches",
+    "model_options",
+    "object_patches",
+    "weight_wrapper_patches",
+    "attachments",
+    "additional_models",
+    "callbacks",
+    "wrappers",
+    "injections",
+    "hook_patches",
+    "forced_hooks",
+    "force_cast_weights",
+    "load_device",
+)
+
+
+def _content(value: Any) -> Any:
+    """What a patcher's model computes, whether it is loaded and patched at the moment or not."""
+    if isinstance(value, comfy.sd.VAE):
+        return value.patcher, value.vae_dtype
+    if isinstance(value, comfy.clip_vision.ClipVisionModel):
+        return value.patcher, value.dtype, value.image_size, value.image_mean, value.image_std
+    if not isinstance(value, comfy.model_patcher.ModelPatcher):
+        return value
+    weights = dict(value.model.state_dict())
+    for key, backup in value.backup.items():
+        weights[key] = backup.weight.detach()
+    for key, backup in value.hook_backup.items():
+        weights[key] = backup[0].detach()
+    for name in {*value.object_patches, *value.object_patches_backup}:
+        weights = {key: weight for key, weight in weights.items() if not key.startswith(f"{name}.")}
+        if name not in value.object_patches:
+            original = value.object_patches_backup[name]
+            if isinstance(original, torch.nn.Module):
+                weights |= {f"{name}.{key}": weight for key, weight in original.state_dict().items()}
+    config = getattr(value.model, "model_config", None)
+    return {
+        "class": type(value.model),
+        "weights": dict(sorted(weights.items())),
+        "config": (getattr(config, "unet_config", None), getattr(config, "sampling_settings", None)),
+        "dtype": (value.model_dtype(), getattr(value.model, "manual_cast_dtype", None)),
+        "patches": {name: getattr(value, name, None) for name in _PATCHES},
+    }
 
 
 def _clone(conditioning: Conditioning) -> Conditioning:

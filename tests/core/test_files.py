@@ -71,6 +71,9 @@ def test_gradients_round_trip(tmp_path: Path) -> None:
     without = replace(gradients(), response=torch.empty(0, 3, 4))
     files.save_gradients(without, tmp_path / "g")
     same(without, files.load_gradients(tmp_path / "g"))
+    levels = replace(gradients(), sigma=torch.tensor([9.0, 3, 9, 3]), response_sigma=torch.tensor([9.0, 3]))
+    files.save_gradients(levels, tmp_path / "g")
+    same(levels, files.load_gradients(tmp_path / "g"))
 
 
 def test_moments_round_trip(tmp_path: Path) -> None:

@@ -228,3 +228,76 @@ def test_what_is_refused(realizations: torch.Tensor) -> None:
         Gradients(torch.ones(3, 4), torch.ones(3), a, a, HERE, torch.ones(0, 4))
     with pytest.raises(ElrondError, match="3 gradients need as many noise levels"):
         Gradients(torch.ones(3, 1, 4), torch.ones(2), torch.ones(3), torch.ones(3), HERE, torch.ones(0, 1, 4))
+
+
+def levels(realizations: torch.Tensor, **options) -> Gradients:
+    return run(realizations, count=23, sigma=(0.9, 0.4, 0.2), batch_size=2, targets=2, **options)
+
+
+def test_noise_levels_take_turns(realizations: torch.Tensor) -> None:
+    found, model = levels(realizations), Network()
+    assert found.provenance.sigma == (0.9, 0.4, 0.2) and found.levels == pytest.approx([0.9, 0.4, 0.2])
+    noise, probes = (normal(SHAPE, 3, purpose, list(range(12))) for purpose in ("noise", "probe"))
+    for i in range(23):
+        k = i // 2
+        level = (0.9, 0.4, 0.2)[k % 3]
+        a, b = realizations[found.sources[i]][None], realizations[found.targets[i]][None]
+        alone, answer = gradient(model, a, b, noise[k : k + 1], level, probes[k : k + 1])
+        assert float(found.sigma[i]) == float(found.response_sigma[k]) == pytest.approx(level)
+        assert torch.allclose(found.vectors[i], alone[0], rtol=1e-5, atol=1e-9)
+        assert torch.allclose(found.response[k], answer[0], rtol=1e-5, atol=1e-9)
+    assert run(realizations, sigma=(0.7,)).response_sigma is None
+
+
+def test_levels_apart_and_together(realizations: torch.Tensor) -> None:
+    found = levels(realizations)
+    second = found.at_levels([found.levels[1]])
+    assert torch.equal(second.vectors, found.vectors[[2, 3, 8, 9, 14, 15, 20, 21]])
+    assert torch.equal(second.response, found.response[[1, 4, 7, 10]])
+    assert (second.provenance.count, second.levels) == (8, [found.levels[1]])
+    assert torch.equal(found.at_levels(found.levels).vectors, found.vectors)
+    even = found.normalised()
+    for level in found.levels:
+        one, other = found.at_levels([level]), even.at_levels([level])
+        length = float(one.flat.norm(dim=1).square().mean().sqrt())
+        assert torch.allclose(other.vectors * length, one.vectors, rtol=1e-5)
+        assert torch.allclose(other.response * length, one.response, rtol=1e-5)
+        assert float(other.flat.square().sum(1).mean()) == pytest.approx(1)
+    with pytest.raises(ElrondError, match=r"no gradients of that noise level, only of 0\.9, 0\.4, 0\.2"):
+        found.at_levels([0.5])
+    nothing = levels(realizations, response=False)
+    assert len(nothing.at_levels([nothing.levels[0]]).response) == len(nothing.normalised().response) == 0
+
+
+def test_the_common_gradient_is_removed(realizations: torch.Tensor) -> None:
+    whole, rest = run(realizations), run(realizations, others=1)
+    assert torch.allclose(rest.vectors, whole.vectors[:, :1] - whole.vectors.mean(1, keepdim=True), atol=1e-9)
+    assert torch.allclose(rest.response, whole.response[:, :1] - whole.response.mean(1, keepdim=True), atol=1e-9)
+    assert rest.provenance.token_norm == pytest.approx(float(Network().rows[0].norm()))
+
+
+class Features(Network):
+    """What comes out is three features of the estimate."""
+
+    def denoised(self, noisy: torch.Tensor, sigma: float, rows: torch.Tensor) -> torch.Tensor:
+        return features(super().denoised(noisy, sigma, rows))
+
+
+def features(latents: torch.Tensor) -> torch.Tensor:
+    return torch.stack([latents.double().flatten(1).pow(k).mean(1) for k in (1, 2, 3)], dim=1)[..., None, None]
+
+
+def test_the_loss_may_be_of_features(realizations: torch.Tensor) -> None:
+    model, noise = Features(), normal(SHAPE, 3, "noise", list(range(12)))
+    found = collect(model, realizations, HERE, 12, 0.7, 3, response=True, compared=features(realizations))
+    assert found.provenance.latent_values == 3
+    step = 1e-4
+    for i in (0, 7):
+        noisy = model.noised(realizations[found.sources[i]][None], noise[i : i + 1], 0.7)
+        target = features(realizations[found.targets[i]][None])
+        along = found.vectors[i].double() / found.vectors[i].norm()
+        losses = [
+            float((model.denoised(noisy, 0.7, (model.rows + s * along)[None]) - target).square().mean())
+            for s in (step, -step)
+        ]
+        assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(float(found.vectors[i].norm()), rel=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,17 @@ from demo import host  # puts ComfyUI on the path
 
 # Test modules here import the host and the pack when they are collected, before any fixture runs.
 host.pack()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Collections are kept in the host's output folder: here, in one that goes away."""
+    import folder_paths
+
+    before = folder_paths.get_output_directory()
+    folder_paths.set_output_directory(str(tmp_path_factory.mktemp("output")))
+    yield
+    folder_paths.set_output_directory(before)
 
 
 @pytest.fixture(scope="session")

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_management
 import comfy.sample
+import comfy.utils
+import folder_paths
 import pytest
 import torch
 from comfyui_elrond.elrond_core.errors import ElrondError
 from comfyui_elrond.elrond_core.gradients import gradient
 from comfyui_elrond.nodes import host
+
+ROOT = Path(__file__).parents[2]
 
 
 def collect(nodes: dict[str, Any], teacher: SimpleNamespace, **changes: Any) -> Any:
@@ -154,3 +163,104 @@ def test_bad_input_is_one_sentence(nodes: dict[str, Any], teacher: SimpleNamespa
         nodes["ElrondCollectGradients"].execute(teacher.model, stock, teacher.realizations, 4, 1.0, 1, 0, False)
     with pytest.raises(ElrondError, match="negative prompt"):
         collect(nodes, teacher, cfg=4.0)
+
+
+LATENTS = {"samples": torch.randn(6, 24, 8, 8, generator=torch.Generator().manual_seed(2))}
+CRASH = """
+import os, signal, sys
+from demo import host
+host.pack()
+import folder_paths, torch
+from comfyui_elrond.nodes import NODES
+sys.path.insert(0, "tests/host")
+from test_gradients import LATENTS, SimpleNamespace, collect
+
+folder_paths.set_output_directory(sys.argv[1])
+left = 4
+
+def kill(event, args):
+    global left
+    if event == "os.rename" and ".tmp" in str(args[0]):
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+nodes = {node.define_schema().node_id: node for node in NODES}
+with torch.inference_mode():
+    model, clip, vae = nodes["ElrondLoadDemoModel"].execute("teacher").args
+    positive = nodes["ElrondEncodeConcept"].execute(clip, "a [thing]", "", 1).args[0]
+sys.addaudithook(kill)
+collect(nodes, SimpleNamespace(model=model, positive=positive, realizations=LATENTS), batch_size=2)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_collection_that_was_killed_goes_on(
+    nodes: dict[str, Any], teacher: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = subprocess.run([sys.executable, "-c", CRASH, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    here = SimpleNamespace(**{**vars(teacher), "realizations": LATENTS})
+    uninterrupted = collect(nodes, here, batch_size=2)
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    shown: list[int] = []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, *_, **__: shown.append(value))
+    estimates: list[int] = []
+    handle = teacher.model.model.diffusion_model.register_forward_pre_hook(lambda *_: estimates.append(len(shown)))
+    found = collect(nodes, here, batch_size=2)
+    handle.remove()
+    # The first estimate is asked for when the bar has come to the fourth batch.
+    assert estimates[0] == 3
+    assert torch.equal(found.vectors, uninterrupted.vectors) and torch.equal(found.response, uninterrupted.response)
+    assert shown == [2, 4, 6, 8, 10, 12]
+
+
+def test_what_determines_gradients_is_in_the_fingerprint(teacher: SimpleNamespace) -> None:
+    def fingerprint(model: Any, *values: Any) -> str:
+        return host.open_shards(model, *values)._fingerprint
+
+    model = teacher.model
+    before = fingerprint(model, teacher.positive, 1.0)
+    assert fingerprint(model.clone(), teacher.positive, 1.0) == before
+    assert fingerprint(model, teacher.positive, 1.1) != before
+    positive = [[tensor.clone(), dict(options)] for tensor, options in teacher.positive]
+    assert fingerprint(model, positive, 1.0) == before
+    positive[0][0][0, 5, 7] += 1e-6
+    assert fingerprint(model, positive, 1.0) != before
+
+    key = "diffusion_model.out.2.weight"
+    weight = model.model.state_dict()[key]
+    patches = [torch.full_like(weight, value) for value in (0.01, 0.02)]
+    patched = []
+    for patch in patches:
+        patched.append(model.clone())
+        patched[-1].add_patches({key: ("diff", (patch,))})
+    one, two = (fingerprint(each, teacher.positive, 1.0) for each in patched)
+    assert len({before, one, two}) == 3
+    for each in patched:
+        # Loaded: the weights in memory are the patched ones.
+        comfy.model_management.load_models_gpu([each])
+        assert not torch.equal(model.model.state_dict()[key], weight.clone()) or each.backup
+        assert fingerprint(model, teacher.positive, 1.0) == before
+        assert fingerprint(patched[0], teacher.positive, 1.0) == one
+        assert fingerprint(patched[1], teacher.positive, 1.0) == two
+
+    sampling = model.clone()
+    sampling.add_object_patch("model_sampling", type(model.model.model_sampling)(model.model.model_config))
+    other = fingerprint(sampling, teacher.positive, 1.0)
+    comfy.model_management.load_models_gpu([sampling])
+    assert fingerprint(sampling, teacher.positive, 1.0) == other != before
+    assert fingerprint(model, teacher.positive, 1.0) == before
+    comfy.model_management.load_models_gpu([model])
+
+    hooked = model.clone()
+    hooked.set_model_unet_function_wrapper(lambda apply, given: apply(given["input"], given["timestep"], **given["c"]))
+    assert fingerprint(hooked, teacher.positive, 1.0) != before
+    unknown = model.clone()
+    unknown.model_options["transformer_options"]["patch"] = object()
+    assert host.open_shards(unknown, teacher.positive, 1.0) is None
+    damaged = teacher.model.model.diffusion_model.out[2].bias
+    with torch.inference_mode():
+        damaged[0] += 1e-6
+        assert fingerprint(model, teacher.positive, 1.0) != before
+        damaged[0] -= 1e-6

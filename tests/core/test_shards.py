@@ -1,0 +1,264 @@
+"""Collections that go on after an interruption: crashes, bad disks, damaged shards; fingerprints and clean-up."""
+
+import contextlib
+import functools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from elrond_core import shards
+from elrond_core.gradients import Gradients, collect
+from elrond_core.provenance import Provenance
+from elrond_core.shards import NoFingerprintError, Shards, digest, fingerprint, prune
+
+ROOT = Path(__file__).parents[2]
+LATENTS = torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+posix = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
+
+
+class Network:
+    def __init__(self) -> None:
+        self.rows = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+        self.weights = torch.randn(42, 32, generator=torch.Generator().manual_seed(2)) / 6
+        self.calls = 0
+
+    def noised(self, latents: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:
+        return (1 - sigma) * latents + sigma * noise
+
+    def denoised(self, noisy: torch.Tensor, sigma: float, rows: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return torch.tanh(torch.cat([noisy.flatten(1), rows.flatten(1)], 1) @ self.weights).reshape(noisy.shape)
+
+    def spare(self) -> bool:
+        return False
+
+
+def run(root: Path, warn: Callable[[str], None] = pytest.fail, **options) -> tuple[Gradients, int]:
+    """150 batches, and how many of them were computed."""
+    model = Network()
+    kept = Shards(root, "0f" * 16, warn)
+    settings = {"count": 299, "sigma": (0.9, 0.5), "seed": 3, "batch_size": 2, "response": True, **options}
+    return collect(model, LATENTS, Provenance("toy"), shards=kept, **settings), model.calls
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> Gradients:
+    return collect(Network(), LATENTS, Provenance("toy"), 299, (0.9, 0.5), 3, batch_size=2, response=True)
+
+
+def same(one: Gradients, two: Gradients) -> None:
+    for name in ("vectors", "response", "sigma", "response_sigma", "sources", "targets"):
+        assert torch.equal(getattr(one, name), getattr(two, name)), name
+    assert one.provenance == two.provenance
+
+
+def files(root: Path) -> list[Path]:
+    return sorted(root.glob("*/*"))
+
+
+def test_kept_batches_are_not_computed_again(tmp_path: Path, uninterrupted: Gradients) -> None:
+    def cancel(done: int) -> None:
+        if done >= 141:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run(tmp_path, on_batch=cancel)
+    # 71 batches: 64 of them joined, the others by themselves.
+    assert [path.name for path in files(tmp_path)] == [
+        "00000000-64.safetensors",
+        *(f"{n:08d}-1.safetensors" for n in range(64, 71)),
+    ]
+    progress: list[int] = []
+    found, calls = run(tmp_path, on_batch=progress.append)
+    assert calls == 150 - 71 and progress[70:72] == [142, 144] and progress[-1] == 299
+    same(found, uninterrupted)
+    found, calls = run(tmp_path)
+    assert calls == 0
+    same(found, uninterrupted)
+
+
+CRASH = """
+import os, signal, sys
+from pathlib import Path
+import pytest
+from tests.core.test_shards import run
+
+left = int(sys.argv[2])
+
+def kill(event, args):
+    global left
+    if event == sys.argv[3] and ".tmp" in str(args[0]):
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(kill)
+run(Path(sys.argv[1]), on_batch=lambda done: print(done, flush=True))
+"""
+
+
+@posix
+# A file that is opened, renamed; the 65th is that which joins the first 64.
+@pytest.mark.parametrize(("number", "event"), [(3, "open"), (8, "os.rename"), (65, "os.rename")])
+def test_killed_in_the_middle_of_a_shard(tmp_path: Path, uninterrupted: Gradients, number: int, event: str) -> None:
+    command = [sys.executable, "-c", CRASH, str(tmp_path), str(number), event]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert any(path.name.endswith(".tmp") for path in files(tmp_path)) == (event == "os.rename")
+    found, calls = run(tmp_path)
+    same(found, uninterrupted)
+    assert calls == 150 - len(done.stdout.split()) - (number == 65)
+    assert not any(path.name.endswith(".tmp") for path in files(tmp_path))
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_a_damaged_shard_is_collected_again(
+    tmp_path: Path, uninterrupted: Gradients, damage: str, joined: bool
+) -> None:
+    run(tmp_path)
+    path = files(tmp_path)[0 if joined else -1]
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 16
+    path.write_bytes({"cut": content[:-10], "flipped": content, "empty": b""}[damage])
+    said: list[str] = []
+    found, calls = run(tmp_path, said.append)
+    assert calls == (64 if joined else 1)
+    assert len(said) == 1 and path.name in said[0] and "damaged" in said[0]
+    same(found, uninterrupted)
+    assert run(tmp_path)[1] == 0
+
+
+def test_every_flipped_bit_is_found_or_harmless(tmp_path: Path) -> None:
+    vectors = torch.randn(2, 1, 3)
+    Shards(tmp_path, "ab", pytest.fail).put(5, {"vectors": vectors})
+    (path,) = files(tmp_path)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        kept = Shards(tmp_path, "ab", lambda sentence: None).get(5)
+        assert kept is None or torch.equal(kept["vectors"], vectors), place
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """No file grows beyond 300 bytes: a write stops in the middle, as on a disk that fills up."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """A folder that may be read and not written; the superuser may do anything, and becomes somebody else."""
+    folder.chmod(0o555)
+    root = os.geteuid() == 0
+    try:
+        if root:
+            os.seteuid(65534)
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+@posix
+@pytest.mark.parametrize("reason", ["full disk", "read-only"])
+def test_a_disk_that_refuses_is_said_once_and_loses_nothing(
+    tmp_path: Path, uninterrupted: Gradients, reason: str
+) -> None:
+    said: list[str] = []
+    with full_disk() if reason == "full disk" else read_only(tmp_path):
+        found, calls = run(tmp_path, said.append)
+    assert calls == 150
+    assert len(said) == 1 and "cannot be kept" in said[0] and "collecting goes on" in said[0]
+    same(found, uninterrupted)
+    assert not [path for path in files(tmp_path) if path.is_file()]
+    # Once there is room again, as before.
+    same(run(tmp_path)[0], uninterrupted)
+    assert run(tmp_path)[1] == 0
+
+
+def test_clean_up_removes_what_was_used_longest_ago(tmp_path: Path) -> None:
+    for age, name in enumerate(["newest", "newer", "old", "mine"]):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.safetensors").write_bytes(bytes(100))
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    prune(tmp_path, "mine", limit=300)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "newer", "newest"]
+    prune(tmp_path, "mine", limit=50)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    prune(tmp_path / "not there", "mine")
+
+
+def scaled(factor: float, shift: float = 0.0) -> Callable[[float], float]:
+    return lambda value: factor * value + shift
+
+
+class Thing:
+    def __init__(self, **attributes: object) -> None:
+        self.__dict__.update(attributes)
+
+
+WEIGHTS = torch.arange(12.0).reshape(3, 4)
+
+
+def values() -> list[object]:
+    changed, subnormal = WEIGHTS.clone(), WEIGHTS.clone()
+    changed[2, 3] = 11.000001
+    subnormal[0, 0] = 1e-45
+    looped = Thing(weights=WEIGHTS)
+    looped.itself = looped
+    return [
+        *(None, True, 1, 1.0, "1", b"1", [1], (1,), [], [[]], [[], []], {"a": 1}, {"a": 1, "b": 2}, {1}),
+        *(WEIGHTS, changed, subnormal, WEIGHTS.reshape(4, 3), WEIGHTS.half(), WEIGHTS.T.contiguous(), -WEIGHTS),
+        *(WEIGHTS[:2], torch.zeros(3), torch.zeros(4), torch.zeros(0), WEIGHTS.to(torch.float8_e4m3fn)),
+        *(Thing(a=1), Thing(b=1), Thing(a=WEIGHTS), looped, scaled(2.0), scaled(3.0), scaled(2.0, 1.0)),
+        *(functools.partial(max, 1), functools.partial(max, 2), torch.float16, torch.nn.Linear, WEIGHTS.numpy()),
+    ]
+
+
+def test_fingerprints_tell_contents_apart_and_nothing_else() -> None:
+    one, two = ([fingerprint(value) for value in values()] for _ in range(2))
+    assert one == two
+    assert len(set(one)) == len(one)
+    # Neither how a tensor lies in memory nor who shares it matters.
+    assert fingerprint(WEIGHTS.T.contiguous().T) == fingerprint(WEIGHTS)
+    assert fingerprint([WEIGHTS, WEIGHTS]) == fingerprint([WEIGHTS, WEIGHTS.clone()])
+    script = "from tests.core.test_shards import values, fingerprint; print(*map(fingerprint, values()))"
+    other = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert other.stdout.split() == one
+
+
+def test_what_has_no_content_has_no_fingerprint() -> None:
+    with pytest.raises(NoFingerprintError, match="object has no content"):
+        fingerprint({"patch": object()})
+    assert fingerprint(object(), content=lambda value: 7) == fingerprint(object(), content=lambda value: 7)
+
+
+def test_the_digest_notices_one_bit_anywhere() -> None:
+    size = 2 * shards._CHUNK + 5
+    tensor = torch.zeros(4 * size - 1, dtype=torch.uint8)
+    found = {digest(tensor)}
+    places = [0, 1, 4 * shards._CHUNK, 4 * shards._CHUNK + 1, len(tensor) - 1]
+    for place in places:
+        changed = tensor.clone()
+        changed[place] = 128
+        found.add(digest(changed))
+    assert len(found) == 1 + len(places)
+    # A swap within a chunk, and of whole chunks.
+    words = torch.arange(size, dtype=torch.int32)
+    swapped = words.roll(shards._CHUNK)
+    assert len({digest(words), digest(swapped), digest(words.flip(0))}) == 3

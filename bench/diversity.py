@@ -3,34 +3,35 @@
     python -m bench.diversity               all of it: directions, curves, labels, the picture
     python -m bench.diversity --images 16   the same in little, to see that it runs
 
-Directions are found by the shipped `discover` workflow on the running server (its gradients also train the sparse
-autoencoder); images are sampled in process. Every finished point is kept in bench/results/diversity_points.jsonl, under
-the digest of both models' weights, and a second run goes on where the first stopped. Figures go to
-bench/results/diversity.json, the curves to docs/pictures/diversity_curves.png.
+Directions are found on each prompt they steer, as published, on the teacher and by the nodes themselves. Every
+finished point is kept in bench/results/diversity_points.jsonl, under the digest of both models' weights, and a second
+run goes on where the first stopped. Figures go to bench/results/diversity.json, the curves to
+docs/pictures/diversity_curves.png.
 
 Every method changes the conditioning of each image at each step and nothing else:
 
 * random: a random direction of the concept's row for each image, of the same lengths as ELROND's.
 * uniform: SeedVarianceEnhancer's recipe, uniform noise on a random half of all embedding values, first 20 % of steps.
 * cads: noise annealed away over the steps, ĉ = √γ·c + s·√(1 − γ)·n, rescaled to the mean and deviation of c.
-* pca, sae: one direction at random for each image, as published. response: an even spread over the leading ones.
-* early: as response, on the first two of the four steps only.
+* pca, sae: one direction at random for each image, as published.
+* natural: response directions, all at once, each in proportion to how far the teacher's images lie along it.
+* early: the same on the first of the four steps only.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from demo import host  # noqa: F401  (puts ComfyUI on the path)
+from demo import host
 
 # isort: split
 import numpy as np
@@ -42,15 +43,17 @@ from demo.captions import WORDS, Caption, compose, open_factors
 from demo.evaluate import STEPS, Demo
 from demo.measures import alignment, diversity
 from demo.model import WEIGHTS
-from demo.run import workflow
-from demo.server import Server, progress_bar
 from demo.world import CONTINUOUS, SHAPES, Measurement, measure
-from elrond_core.directions import Directions
-from elrond_core.files import load_directions, load_gradients, save_directions
-from elrond_core.labels import label
-from elrond_core.sae import train_sae
-from elrond_core.seeding import generator, normal
-from elrond_core.steering import change_of, draw_steps
+
+PACK = host.pack()
+from comfyui_elrond.elrond_core.directions import Directions  # noqa: E402
+from comfyui_elrond.elrond_core.files import load_gradients, save_gradients  # noqa: E402
+from comfyui_elrond.elrond_core.labels import label  # noqa: E402
+from comfyui_elrond.elrond_core.pca import fit_pca  # noqa: E402
+from comfyui_elrond.elrond_core.response import fit_response  # noqa: E402
+from comfyui_elrond.elrond_core.sae import train_sae  # noqa: E402
+from comfyui_elrond.elrond_core.seeding import generator, normal  # noqa: E402
+from comfyui_elrond.elrond_core.steering import change_of, draw_steps  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "diversity.json"
@@ -59,7 +62,7 @@ CONCEPT = "thing"
 # The bare prompt, and one for each word.
 PROMPTS: list[list[str]] = [[], *([word] for words in WORDS.values() for word in words)]
 SEED = 9001
-LEADING = 8
+REALIZATIONS, GRADIENTS, TEACHER_STEPS = 128, 1024, 10
 BINS = 3
 # Effects of a direction smaller than this share of a factor's range are not called a move.
 MOVED = 0.15
@@ -70,10 +73,10 @@ Change = Callable[[torch.Tensor, int, float, int], torch.Tensor]
 
 @dataclass
 class Method:
-    """A way to diversify: its strengths, and the change that one of them makes."""
+    """A way to diversify: its strengths, and the change that one of them makes to a prompt (by number)."""
 
     strengths: list[float]
-    change: Callable[[float], Change]
+    change: Callable[[float, int], Change]
 
 
 def step_rows(vectors: torch.Tensor, rows: torch.Tensor, at: int) -> torch.Tensor:
@@ -83,15 +86,26 @@ def step_rows(vectors: torch.Tensor, rows: torch.Tensor, at: int) -> torch.Tenso
     return out
 
 
-def directed(directions: Directions, end: float = 0.0, **settings: Any) -> Callable[[float], Change]:
-    """ELROND: a step for each image along directions, while the noise level is above `end`."""
+def directed(
+    directions: list[Directions], end: float = 0.0, lowest: float = 0.5, **settings: Any
+) -> Callable[[float, int], Change]:
+    """ELROND: a step for each image along the directions of its prompt, while the noise level is above `end`.
 
-    def of(strength: float) -> Change:
+    Strengths are drawn from `lowest` times the given one to the given one.
+    """
+
+    def of(strength: float, prompt: int) -> Change:
+        found = directions[prompt]
+
         def change(rows: torch.Tensor, at: int, sigma: float, first: int) -> torch.Tensor:
             if sigma <= end:
                 return rows
-            draws = draw_steps(directions, first + len(rows), SEED, strength / 2, strength, **settings)[first:]
-            return step_rows(torch.stack([change_of(directions, draw)[0] for draw in draws]), rows, at)
+            draws = draw_steps(found, first + len(rows), SEED, lowest * strength, strength, **settings)[first:]
+            steps = torch.stack([change_of(found, draw)[0] for draw in draws])
+            if settings.get("how") == "natural":
+                # These are in the embedding's units already.
+                steps = steps / rows[:, at].norm(dim=1, keepdim=True)
+            return step_rows(steps, rows, at)
 
         return change
 
@@ -183,12 +197,13 @@ def coverage(seen: Measurement, factors: list[str]) -> float:
     return len(np.unique(cells)) / (total * (1 - (1 - 1 / total) ** len(seen.error)))
 
 
-def point(demo: Demo, images: int, change: Change | None) -> dict[str, float]:
+def point(demo: Demo, images: int, change_of_prompt: Callable[[int], Change] | None) -> dict[str, float]:
     """One point of a curve: all prompts, so many images each, twice as many of the bare one."""
     shares: dict[str, list[float]] = {"diversity": [], "coverage": [], "alignment": [], "validity": []}
     for number, words in enumerate(PROMPTS):
         caption: Caption = compose(CONCEPT, words)
         count = images if words else 2 * images
+        change = change_of_prompt(number) if change_of_prompt else None
         seen = measure(sample(demo, words, count, SEED + number, change))
         free = [name for name in open_factors(CONCEPT) if name not in caption.named]
         shares["diversity"].append(diversity(seen, free))
@@ -199,37 +214,43 @@ def point(demo: Demo, images: int, change: Change | None) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in shares.items()}
 
 
-def discover(folder: Path) -> dict[str, Directions]:
-    """Directions of the teacher's concept by each method, made once and kept in a folder."""
-    files = {name: folder / f"{name}.safetensors" for name in ("pca", "sae", "response")}
-    if not all(path.is_file() for path in files.values()):
-        graph = workflow("discover")
-        collect = next(k for k, node in graph.items() if node["class_type"] == "ElrondCollectGradients")
-        inputs = {"gradients": [collect, 0], "name": "bench", "overwrite": True}
-        graph["keep"] = {"class_type": "ElrondSaveGradients", "inputs": inputs}
-        with Server(folder) as server:
-            server.run(graph, progress_bar(sys.stdout), timeout=3600)
-        made = folder / "elrond"
-        gradients = load_gradients(made / "gradients" / "bench.safetensors")
-        save_directions(train_sae(gradients)[0], files["sae"])
-        save_directions(load_directions(made / "directions" / "demo thing pca.safetensors"), files["pca"])
-        save_directions(load_directions(made / "directions" / "demo thing.safetensors"), files["response"])
-    return {name: load_directions(path) for name, path in files.items()}
+def discover(teacher: Demo, folder: Path) -> dict[str, list[Directions]]:
+    """Directions of the concept in every prompt by each method; gradients are made once and kept in a folder."""
+    nodes = {node.define_schema().node_id: node for node in PACK.NODES}
+    found: dict[str, list[Directions]] = {"pca": [], "sae": [], "response": []}
+    for words in PROMPTS:
+        path = folder / f"{' '.join(words) or 'bare'}.safetensors"
+        if not path.is_file():
+            prompt = " ".join(["a", *words, f"[{CONCEPT}]"])
+            with torch.inference_mode():
+                positive = nodes["ElrondEncodeConcept"].execute(teacher.clip, prompt, "", 1).args[0]
+                drawn = nodes["ElrondSampleRealizations"].execute(
+                    teacher.model, positive, 64, 64, REALIZATIONS, 64, 0, TEACHER_STEPS, 1.0, "euler", "simple"
+                )
+                gradients = nodes["ElrondCollectGradients"].execute(
+                    teacher.model, positive, drawn.args[0], GRADIENTS, 1.0, 64, 0, True
+                )
+            save_gradients(gradients.args[0], path)
+        gradients = load_gradients(path)
+        found["pca"].append(fit_pca(gradients)[0])
+        found["sae"].append(train_sae(gradients)[0])
+        found["response"].append(fit_response(gradients)[0])
+    return found
 
 
-def methods(found: dict[str, Directions]) -> dict[str, Method]:
+def methods(found: dict[str, list[Directions]]) -> dict[str, Method]:
     """All curves."""
     steps = [0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0, 1.25]
-    leading = min(LEADING, len(found["response"]))
-    spread = {"leading": leading, "spread": True}
+    parts = [0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0]
+    natural = {"lowest": 1.0, "how": "natural"}
     return {
-        "random": Method([*steps, 1.6, 2.0], lambda s: random_directions(s)),
-        "uniform": Method([0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0], lambda s: uniform_noise(s)),
-        "cads": Method([0.05, 0.1, 0.15, 0.25, 0.4, 0.6, 1.0], lambda s: cads(s)),
+        "random": Method([*steps, 1.6, 2.0], lambda s, _: random_directions(s)),
+        "uniform": Method([0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0], lambda s, _: uniform_noise(s)),
+        "cads": Method([0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.4, 0.6], lambda s, _: cads(s)),
         "pca": Method(steps, directed(found["pca"])),
         "sae": Method(steps, directed(found["sae"], both_signs=False)),
-        "response": Method(steps, directed(found["response"], **spread)),
-        "early": Method([*steps, 1.6, 2.0], directed(found["response"], end=share_to_sigma(0.3), **spread)),
+        "natural": Method(parts, directed(found["response"], **natural)),
+        "early": Method([*parts, 1.4], directed(found["response"], end=share_to_sigma(0.15), **natural)),
     }
 
 
@@ -283,7 +304,7 @@ def summary(curves: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     for name, points in curves.items():
         good = [p["diversity"] for p in points if p["alignment"] >= student["alignment"] - 0.01]
         best[name] = max(good, default=math.nan) / student["diversity"]
-    elrond = {name: best[name] for name in ("pca", "sae", "response", "early")}
+    elrond = {name: best[name] for name in ("pca", "sae", "natural", "early")}
     return {
         "best_ratio_at_1pct_loss": max(elrond.values()),
         "best_ratio_at_1pct_loss_of": {k: (v if math.isfinite(v) else None) for k, v in best.items()},
@@ -300,9 +321,9 @@ def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
         lines = [name for name in curves if name not in ("student", "teacher")]
         for name, colour in zip(lines, colours, strict=True):
             points = [*curves["student"], *curves[name]]
-            style = "-o" if name in ("pca", "sae", "response", "early") else "--o"
-            title = {"pca": "ELROND PCA", "sae": "ELROND SAE", "response": "ELROND response, spread"}.get(name, name)
-            title = {"early": "the same, first two steps only"}.get(name, title)
+            style = "-o" if name in ("pca", "sae", "natural", "early") else "--o"
+            title = {"pca": "ELROND PCA", "sae": "ELROND SAE", "natural": "ELROND natural"}.get(name, name)
+            title = {"early": "ELROND natural, first step only"}.get(name, title)
             axes.plot(
                 [p["alignment"] for p in points],
                 [p[measure_] for p in points],
@@ -335,8 +356,8 @@ def main() -> None:
     version = weights.hexdigest()
     folder = ROOT / "output" / "bench" / version
     folder.mkdir(parents=True, exist_ok=True)
-    found = discover(folder)
     student, teacher = Demo.load("student"), Demo.load("teacher")
+    found = discover(teacher, folder)
     points_file = arguments.out.with_name(arguments.out.stem + "_points.jsonl")
     lines = points_file.read_text().splitlines() if points_file.is_file() else []
     done: dict[str, Any] = dict(map(json.loads, lines))
@@ -356,11 +377,11 @@ def main() -> None:
     for name, method in methods(found).items():
         curves[name] = []
         for strength in method.strengths:
-            change = method.change(strength)
+            change = functools.partial(method.change, strength)
             seen = once(f"{name} {strength}", lambda change=change: point(student, arguments.images, change))
             curves[name].append({"strength": strength, **seen})
             print(name, strength, " ".join(f"{k} {v:.3f}" for k, v in seen.items()), flush=True)
-    labels = once("labels", lambda: label_agreement(teacher, found["response"], arguments.images))
+    labels = once("labels", lambda: label_agreement(teacher, found["response"][0], arguments.images))
     figures = {
         "images_a_point": arguments.images * (len(PROMPTS) + 1),
         "prompts": len(PROMPTS),

@@ -33,12 +33,18 @@ from .world import CONTINUOUS, SHAPES, render
 
 SEED = 2602
 BATCH = 64
-# First step, last step and peak learning rate of each leg: a short warm-up, then a cosine to zero.
-LEGS = ((0, 5400, 1.2e-3), (5400, 8000, 1e-3), (8000, 8350, 1e-3), (8350, 10700, 9e-4))
+# First step, last step and peak learning rate of each leg (a short warm-up, then a cosine to zero), and the share of
+# its samples that show shapes: a shape is a few pixels at the noise levels at which shapes form, and among all the
+# rest its words are not learnt.
+LEGS = (
+    (0, 5400, 1.2e-3, 0.0),
+    (5400, 8000, 1e-3, 0.0),
+    (8000, 8350, 1e-3, 1.0),
+    (8350, 10700, 9e-4, 0.0),
+    (10700, 12300, 8e-4, 0.3),
+)
 WARM_UP = 100
-# A shape is a few pixels at the noise levels at which shapes form, and among all the rest its words are never learnt:
-# one leg shows nothing else.
-SHAPES_ONLY, SHAPES_FORM = (8000, 8350), (0.45, 0.88)
+SHAPES_FORM = (0.45, 0.88)
 EMA = 0.999
 # Shares of the training samples by what the denoiser sees: every row, the noun's row alone, the noun's row inside
 # the rows of the caption without attributes; the rest sees the empty caption, for guidance.
@@ -233,10 +239,16 @@ class Batch:
 def batch_of(step: int, size: int, vae: demo_model.PatchVAE) -> Batch:
     """The batch of a step: the same in a resumed run."""
     generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
-    if SHAPES_ONLY[0] <= step < SHAPES_ONLY[1]:
-        samples, sigma = draw_shapes(size, generator)
-    else:
-        samples, sigma = draw_samples(size, generator), draw_sigma(size, generator)
+    shapes = round(leg_of(step)[3] * size)
+    samples, sigma = draw_samples(size - shapes, generator), draw_sigma(size - shapes, generator)
+    if shapes:
+        more, levels = draw_shapes(shapes, generator)
+        samples = Samples(
+            samples.captions + more.captions,
+            torch.cat([samples.mode, more.mode]),
+            torch.cat([samples.noise, more.noise]),
+        )
+        sigma = torch.cat([sigma, levels])
 
     def latents(captions: list[Caption]) -> torch.Tensor:
         return vae.encode_small(render(draw_factors(captions, generator)).movedim(-1, 1) * 2 - 1)
@@ -267,9 +279,14 @@ def velocity(unet: torch.nn.Module, noisy: torch.Tensor, sigma: torch.Tensor, co
     return out.float()
 
 
+def leg_of(step: int) -> tuple[int, int, float, float]:
+    """The leg that a step belongs to."""
+    return next(leg for leg in LEGS if step < leg[1])
+
+
 def rate_at(step: int) -> float:
     """The learning rate of a step."""
-    first, last, peak = next(leg for leg in LEGS if step < leg[1])
+    first, last, peak, _ = leg_of(step)
     share = (step - first) / (last - first)
     return peak * min(1, (step - first + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * share))
 

@@ -176,10 +176,9 @@ def correlation_dimension(gradients: Gradients, seed: int = 0) -> tuple[float, t
     Raises:
         ElrondError: if a gradient or response is not finite, or all are the same.
     """
-    vectors, targets = gradients.flat.double(), gradients.targets
-    highest = gradients.sigma == gradients.sigma.max()
-    vectors, targets = vectors[highest], targets[highest]
-    some, place, repeats = targets.unique(return_inverse=True, return_counts=True)
+    gradients = gradients.at_levels(gradients.levels[:1])
+    vectors = gradients.flat.double()
+    some, place, repeats = gradients.targets.unique(return_inverse=True, return_counts=True)
     sums = torch.zeros(len(some), vectors.shape[1], dtype=torch.float64).index_add(0, place, vectors)
     means = (sums / repeats[:, None])[repeats >= _LEAST_REPEATS]
     if len(means) < _LEAST_TARGETS:

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..elrond_core.errors import ElrondError
-from ..elrond_core.gradients import Gradients, check_targets, collect
+from ..elrond_core.gradients import Denoiser, Gradients, check_targets, collect
 from ..elrond_core.provenance import Provenance
 from . import host
 from .types import GradientsIO, seed_input
@@ -92,6 +92,15 @@ class CollectGradients(io.ComfyNode):
                     optional=True,
                     tooltip="Subtract the mean gradient of all words of the prompt: what is left is the concept's own.",
                 ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="With clip_vision: compare what an image encoder sees in the images instead of their "
+                    "latents.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision", optional=True, tooltip="The image encoder; it needs the model's vae, too."
+                ),
             ],
             outputs=[GradientsIO.Output(display_name="gradients", tooltip="For Fit PCA, Train SAE, Estimate LID.")],
         )
@@ -112,12 +121,16 @@ class CollectGradients(io.ComfyNode):
         targets_per_realization: int = 1,
         more_levels: str = "",
         remove_common: bool = False,
+        vae: Any = None,
+        clip_vision: Any = None,
     ) -> io.NodeOutput:
         """Collect under the host's model management."""
         samples = realizations["samples"]
         check_targets(len(samples), targets_per_realization)
         if negative is None and cfg not in (0.0, 1.0):
             raise ElrondError(f"A cfg of {cfg} needs a negative prompt: connect one, or set cfg to 1.")
+        if (vae is None) != (clip_vision is None):
+            raise ElrondError("Comparing image features needs both a vae and a clip_vision: connect both or neither.")
         _, memory = host.marked(positive)
         concept = memory["concepts"][0]
         if remove_common and not set(memory["words"]) - set(concept.rows):
@@ -145,25 +158,34 @@ class CollectGradients(io.ComfyNode):
             response,
             remove_common,
             guidance,
+            vae,
+            clip_vision,
         )
         shards = host.open_shards(model, positive, negative, samples, settings)
         update = host.progress(count, model)
 
         def work(denoiser: host.HostDenoiser, latents: Any) -> Gradients:
-            return collect(
-                denoiser,
-                latents,
-                provenance,
-                count,
-                sigma,
-                seed,
-                batch_size,
-                response=response,
-                targets=targets_per_realization,
-                on_batch=lambda done: update(done, denoiser.latest),
-                others=denoiser.others,
-                shards=shards,
-            )
+            def collected(lent: Denoiser, compared: Any = None) -> Gradients:
+                return collect(
+                    lent,
+                    latents,
+                    provenance,
+                    count,
+                    sigma,
+                    seed,
+                    batch_size,
+                    response=response,
+                    on_batch=lambda done: update(done, denoiser.latest),
+                    targets=targets_per_realization,
+                    others=denoiser.others,
+                    compared=compared,
+                    shards=shards,
+                )
+
+            if vae is None:
+                return collected(denoiser)
+            with host.through_features(denoiser, vae, clip_vision, latents, batch_size) as (lent, compared):
+                return collected(lent, compared)
 
         return io.NodeOutput(host.visit(model, positive, negative, cfg, samples, seed, work, words=remove_common))
 

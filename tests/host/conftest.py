@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -46,3 +47,29 @@ def teacher(nodes: dict[str, Any]) -> SimpleNamespace:
             .args[0]
         )
     return SimpleNamespace(model=model, clip=clip, vae=vae, positive=positive, realizations=realizations)
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The host's CLIP_VISION object, small and with seeded weights."""
+    config = {
+        "model_type": "clip_vision_model",
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "hidden_act": "quick_gelu",
+        "num_channels": 3,
+        "patch_size": 16,
+        "image_size": 32,
+        "projection_dim": 24,
+        "use_text": False,
+    }
+    import comfy.clip_vision
+
+    path = tmp_path_factory.mktemp("vision") / "config.json"
+    path.write_text(json.dumps(config))
+    model = comfy.clip_vision.ClipVisionModel(str(path))
+    g = torch.Generator().manual_seed(0)
+    model.load_sd({k: 0.2 * torch.randn(v.shape, generator=g) for k, v in model.get_sd().items()})
+    return model

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import comfy.clip_vision
 import numpy as np
 import pytest
 import torch
@@ -178,30 +176,6 @@ def test_labels_look_at_the_occurrence_the_directions_are_for(nodes: dict[str, A
     directions = Directions(torch.eye(128)[:1, None], torch.ones(1), {}, origin)
     with torch.inference_mode():
         assert _occurrence(teacher.clip, directions) == 1
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The host's CLIP_VISION object, small and with seeded weights."""
-    config = {
-        "model_type": "clip_vision_model",
-        "num_hidden_layers": 2,
-        "hidden_size": 32,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "hidden_act": "quick_gelu",
-        "num_channels": 3,
-        "patch_size": 16,
-        "image_size": 32,
-        "projection_dim": 24,
-        "use_text": False,
-    }
-    path = tmp_path_factory.mktemp("vision") / "config.json"
-    path.write_text(json.dumps(config))
-    model = comfy.clip_vision.ClipVisionModel(str(path))
-    g = torch.Generator().manual_seed(0)
-    model.load_sd({k: 0.2 * torch.randn(v.shape, generator=g) for k, v in model.get_sd().items()})
-    return model
 
 
 def test_measure_diversity(nodes: dict[str, Any], encoder: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -10,10 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import comfy.ldm.models.autoencoder
 import comfy.model_management
 import comfy.sample
+import comfy.sd
 import comfy.utils
 import folder_paths
+import latent_preview
 import pytest
 import torch
 from comfyui_elrond.elrond_core.errors import ElrondError
@@ -264,3 +268,144 @@ def test_what_determines_gradients_is_in_the_fingerprint(teacher: SimpleNamespac
         damaged[0] += 1e-6
         assert fingerprint(model, teacher.positive, 1.0) != before
         damaged[0] -= 1e-6
+
+
+@pytest.fixture(scope="module")
+def kl() -> Any:
+    """The host's usual autoencoder for 24 channels, two pixels a latent cell, with seeded weights."""
+    layers = {"double_z": True, "z_channels": 24, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32}
+    layers |= {"ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
+    config = {"params": {"ddconfig": layers, "embed_dim": 24}}
+    g = torch.Generator().manual_seed(0)
+    shapes = comfy.ldm.models.autoencoder.AutoencoderKL(**config["params"]).state_dict()
+    weights = {key: torch.randn(v.shape, generator=g) * max(v[0].numel(), 1) ** -0.5 for key, v in shapes.items()}
+    # Pixels of a range like that of pictures: where they are cut off the loss has kinks.
+    weights["decoder.conv_out.weight"] *= 0.4
+    return comfy.sd.VAE(sd=weights, config=config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("decoder", ["demo", "kl"])
+def test_feature_loss_equals_central_finite_differences(
+    teacher: SimpleNamespace, encoder: Any, kl: Any, decoder: str
+) -> None:
+    vae = {"demo": teacher.vae, "kl": kl}[decoder]
+    flags = [p.requires_grad for module in (vae.first_stage_model, encoder.model) for p in module.parameters()]
+
+    def work(outer: host.HostDenoiser, latents: torch.Tensor) -> list[tuple[float, float]]:
+        with host.through_features(outer, vae, encoder, latents, 2) as (denoiser, compared):
+            assert compared.shape == (6, 24, 1, 1)
+            # They are what the host's own nodes see, but for the rounding of pixels to 8 bits.
+            with torch.inference_mode():
+                seen = host.image_features(encoder, host.decode(vae, outer.process_out(latents)))
+            expected = torch.nn.functional.normalize(seen)
+            torch.testing.assert_close(compared[:, :, 0, 0], expected, rtol=0, atol=0.01)
+            noise = torch.randn(latents[1:].shape, generator=torch.Generator().manual_seed(0))
+            vectors, _ = gradient(denoiser, latents[:-1], compared[1:], noise, 1.0)
+            noisy = denoiser.noised(latents[:-1], noise, 1.0)
+
+            def loss(rows: torch.Tensor) -> float:
+                return float(((denoiser.denoised(noisy, 1.0, rows) - compared[1:]).double() ** 2).mean(1).sum())
+
+            def slope(along: torch.Tensor, step: float) -> float:
+                return (loss(denoiser.rows + step * along) - loss(denoiser.rows - step * along)) / (2 * step)
+
+            found = []
+            for seed in range(12):
+                along = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed))
+                along = sum(v / v.norm(dim=(1, 2), keepdim=True) for v in (along, vectors))
+                # Features curve more than latents do: two steps, of which the error of second order is taken out.
+                extrapolated = (4 * slope(along, 0.03) - slope(along, 0.06)) / 3
+                found.append((extrapolated, float((vectors * along).sum())))
+            return found
+
+    latents = teacher.realizations["samples"][:6]
+    found = host.visit(teacher.model, teacher.positive, None, 1.0, latents, 0, work)
+    # Summed over the directions: single precision leaves about 1e-3 of a single slope uncertain.
+    slopes, products = (sum(each) for each in zip(*found, strict=True))
+    assert slopes == pytest.approx(products, rel=1e-3)
+    after = [p.requires_grad for module in (vae.first_stage_model, encoder.model) for p in module.parameters()]
+    assert after == flags
+
+
+def test_the_node_compares_features(nodes: dict[str, Any], teacher: SimpleNamespace, encoder: Any) -> None:
+    latents, features = collect(nodes, teacher), collect(nodes, teacher, vae=teacher.vae, clip_vision=encoder)
+    assert features.provenance.latent_values == 24 and len(features.response) == 12
+    assert torch.equal(latents.targets, features.targets)
+    along = torch.nn.functional.cosine_similarity(latents.flat, features.flat)
+    assert (along.abs() < 0.99).all()
+    with pytest.raises(ElrondError, match="both a vae and a clip_vision"):
+        collect(nodes, teacher, vae=teacher.vae)
+
+
+def test_noise_levels_through_the_nodes(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
+    found = collect(nodes, teacher, more_levels="0.8, 0.5")
+    assert found.levels == pytest.approx([host.sigma_of(teacher.model, level) for level in (1.0, 0.8, 0.5)])
+    select = nodes["ElrondSelectGradients"].execute
+    second, report = select(found, 2, False).args
+    assert len(second) == len(second.response) == 4 and report.count("4 gradients at noise level") == 3
+    pooled = select(found, 0, True).args[0]
+    assert len(pooled) == 12 and float(pooled.flat.square().sum(1).mean()) == pytest.approx(1)
+    with pytest.raises(ElrondError, match="3 noise levels, and no level 4"):
+        select(found, 4, True)
+    for bad in ("high", "0.5, 0", "1.5"):
+        with pytest.raises(ElrondError, match="more_levels is a list of numbers"):
+            collect(nodes, teacher, more_levels=bad)
+    with pytest.raises(ElrondError, match="once only"):
+        collect(nodes, teacher, more_levels="1.0")
+
+
+def test_what_all_words_have_in_common_is_removed(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
+    def positive(prompt: str) -> Any:
+        with torch.inference_mode():
+            return nodes["ElrondEncodeConcept"].execute(teacher.clip, prompt, "", 1).args[0]
+
+    here = SimpleNamespace(**{**vars(teacher), "realizations": LATENTS, "positive": positive("a red [ball]")})
+    rest = collect(nodes, here, remove_common=True)
+    # Word by word: each as the concept of the same prompt.
+    words = [collect(nodes, SimpleNamespace(**{**vars(here), "positive": positive(prompt)})) for prompt in
+             ("a red [ball]", "[a] red ball", "a [red] ball")]  # fmt: skip
+    for name in ("vectors", "response"):
+        each = torch.stack([getattr(gradients, name) for gradients in words])
+        torch.testing.assert_close(getattr(rest, name), each[0] - each.mean(0), rtol=1e-3, atol=1e-6)
+    alone = SimpleNamespace(**{**vars(here), "positive": positive("[ball]")})
+    with pytest.raises(ElrondError, match="no words beside the concept"):
+        collect(nodes, alone, remove_common=True)
+
+
+def test_cancelling_takes_one_call_and_leaves_nothing_behind(
+    nodes: dict[str, Any], teacher: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = teacher.model.model.diffusion_model
+    calls: list[int] = []
+
+    def cancel(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            comfy.model_management.interrupt_current_processing()
+
+    flags = [p.requires_grad for p in network.parameters()]
+    options = str(teacher.model.model_options)
+    handle = network.register_forward_pre_hook(cancel)
+    try:
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            collect(nodes, teacher, seed=77, batch_size=1)
+    finally:
+        handle.remove()
+        comfy.model_management.interrupt_current_processing(False)
+    assert len(calls) == 3
+    assert [p.requires_grad for p in network.parameters()] == flags
+    assert str(teacher.model.model_options) == options
+    assert not network._forward_pre_hooks and not any("forward" in vars(part) for part in network.modules())
+    gc.collect()
+    assert not [each for each in gc.get_objects() if type(each) is host.HostDenoiser]
+
+
+def test_what_is_collected_is_shown(
+    nodes: dict[str, Any], teacher: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latent_preview.args, "preview_method", latent_preview.LatentPreviewMethod.Latent2RGB)
+    shown: list[Any] = []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda done, total, picture, **_: shown.append(picture))
+    collect(nodes, teacher, seed=78)
+    assert len(shown) == 3
+    assert all(kind == "JPEG" and picture.size == (8, 8) for kind, picture, _ in shown)

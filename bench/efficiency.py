@@ -46,7 +46,7 @@ from comfyui_elrond.elrond_core.lid import estimate_lid  # noqa: E402
 from comfyui_elrond.elrond_core.moments import Moments  # noqa: E402
 from comfyui_elrond.elrond_core.pca import fit_pca  # noqa: E402
 from comfyui_elrond.elrond_core.provenance import Provenance  # noqa: E402
-from comfyui_elrond.elrond_core.quality import split_half_quality  # noqa: E402
+from comfyui_elrond.elrond_core.quality import FIRST, split_half_quality  # noqa: E402
 from comfyui_elrond.elrond_core.sae import train_sae  # noqa: E402
 from comfyui_elrond.elrond_core.seeding import generator, normal  # noqa: E402
 from comfyui_elrond.elrond_core.subspace import hallucination, reconstruction  # noqa: E402
@@ -102,11 +102,18 @@ class Samples:
         return replace(own, scatter=scatter)
 
 
-def as_gradients(flat: torch.Tensor, targets: torch.Tensor | None = None) -> Gradients:
+def as_gradients(
+    flat: torch.Tensor, sources: torch.Tensor | None = None, targets: torch.Tensor | None = None
+) -> Gradients:
     """Vectors (N, d) as gradients of one row."""
-    places = torch.arange(len(flat)) if targets is None else targets
+    places = torch.arange(len(flat))
     return Gradients(
-        flat[:, None].float(), torch.ones(len(flat)), places, places, HERE, torch.empty(0, 1, flat.shape[1])
+        flat[:, None].float(),
+        torch.ones(len(flat)),
+        places if sources is None else sources,
+        places if targets is None else targets,
+        HERE,
+        torch.empty(0, 1, flat.shape[1]),
     )
 
 
@@ -391,12 +398,13 @@ class Truth:
 
     significant: torch.Tensor
     all: torch.Tensor
+    ordered: torch.Tensor
 
     @classmethod
     def of(cls, moments: Moments) -> Truth:
-        """Those of the reference."""
-        everything = basis(moments, 0)
-        return cls(basis(moments), everything[: max(1, estimate_lid(moments).estimate)])
+        """Those of the reference; `ordered` are its components down to no variance."""
+        ordered = basis(moments, 0)
+        return cls(basis(moments), ordered[: max(1, estimate_lid(moments).estimate)], ordered)
 
     def compare(self, moments: Moments) -> dict[str, dict[str, float]]:
         """Reconstruction and hallucination of a sample, for both sets."""
@@ -454,14 +462,29 @@ def cheapest(curves: dict[str, list[dict[str, Any]]], goal: dict[str, Any], tole
 
 
 def running(truth: Truth, samples: list[Samples]) -> list[dict[str, float]]:
-    """The error that a collection would estimate of itself as it grows, beside the true one."""
+    """What a collection would estimate of itself as it grows, beside the truth.
+
+    Returns:
+        per size `estimate`, of the share of the significant directions' span that is `right`: that lies in as many
+        leading ones of the reference.
+    """
     rows = []
     for seed, sample in enumerate(samples):
-        size = 32
-        while size <= len(sample.vectors):
-            gradients = as_gradients(sample.vectors[:size, 0], sample.targets[:size, 0])
-            seen = truth.compare(Moments.of(gradients))["significant"]
-            rows.append({"seed": seed, "gradients": size, "estimate": split_half_quality(gradients), **seen})
+        size = FIRST
+        while size * sample.vectors.shape[1] <= sample.vectors[..., 0].numel():
+            flat = sample.vectors[:size].flatten(0, 1)
+            sources = torch.arange(size).repeat_interleave(sample.vectors.shape[1])
+            gradients = as_gradients(flat, sources, sample.targets[:size].flatten())
+            found = basis(Moments.of(gradients))
+            rows.append(
+                {
+                    "seed": seed,
+                    "gradients": len(flat),
+                    "directions": len(found),
+                    "estimate": split_half_quality(gradients),
+                    "right": reconstruction(truth.ordered[: len(found)], found),
+                }
+            )
             size *= 2
     return rows
 
@@ -541,7 +564,8 @@ def main() -> None:
             "equal_quality": equal,
             "equal_quality_without_tolerance": strict,
             "running_estimate": {
-                name: running(truth, samples[f"{name} realizations"]) for name in ("64", "256", "1024")
+                name: running(truth, samples[name])
+                for name in ("64 realizations", "256 realizations", "1024 realizations", "4 targets a source")
             },
             "sparse_autoencoder": autoencoder(published[0].vectors[:, 0]),
         },

@@ -287,6 +287,7 @@ def collect(
     others: int = 0,
     compared: torch.Tensor | None = None,
     shards: Shards | None = None,
+    enough: Callable[[Gradients, bool], bool] | None = None,
 ) -> Gradients:
     """Collect gradients of random pairs of realizations.
 
@@ -294,7 +295,7 @@ def collect(
         denoiser: the model.
         realizations: latents of one prompt, float, (n, …), n ≥ 2.
         provenance: family, prompt, concept and rows; the rest is filled in here.
-        count: number of gradients.
+        count: number of gradients; at most, with `enough`.
         sigma: noise level in the model's units, or several, which take turns.
         seed: fixes pairs and noise; gradient i depends on (seed, i) and the levels only.
         batch_size: noised realizations a forward pass; fewer where they do not fit into memory.
@@ -307,6 +308,8 @@ def collect(
         compared: what the denoiser's output is compared with, (n, …) in the order of the realizations and of as many
             dimensions; these themselves unless it returns something else than latents, such as image features.
         shards: keeps every batch as soon as it is done, and gives back those of an earlier run.
+        enough: asked after every batch, or every turn of the levels, whether the gradients so far will do; its second
+            argument tells whether there are no more.
 
     Raises:
         ElrondError: if count < 1, sigma ≤ 0, there are too few realizations, or too little memory for one gradient.
@@ -324,6 +327,27 @@ def collect(
     sources = -(-count // targets)
     vectors = torch.empty(sources * targets, own, denoiser.rows.shape[1])
     responses = vectors.new_empty(sources if response else 0, *vectors.shape[1:])
+    turns = torch.tensor(levels)[torch.arange(sources) % len(levels)]
+    token_norm = float(denoiser.rows[:own].float().norm(dim=-1).mean())
+
+    def first(found: int) -> Gradients:
+        heard = -(-found // targets) if response else 0
+        return Gradients(
+            vectors=vectors[:found],
+            sigma=turns.repeat_interleave(targets)[:found],
+            sources=pairs[:found, 0],
+            targets=pairs[:found, 1],
+            provenance=provenance.with_(
+                token_norm=token_norm,
+                sigma=tuple(levels),
+                count=found,
+                seed=seed,
+                latent_values=compared[0].numel(),
+            ),
+            response=responses[:heard],
+            response_sigma=turns[:heard] if response and len(levels) > 1 else None,
+        )
+
     done = 0
     for number, (level, indices) in enumerate(_batches(sources, batch_size, len(levels))):
         # The last source may have fewer targets; it is compared with one of them again, and the surplus is dropped.
@@ -351,22 +375,10 @@ def collect(
         done += int((places < count).sum())
         if on_batch:
             on_batch(done)
-    turns = torch.tensor(levels)[torch.arange(sources) % len(levels)]
-    return Gradients(
-        vectors=vectors[:count],
-        sigma=turns.repeat_interleave(targets)[:count],
-        sources=pairs[:, 0],
-        targets=pairs[:, 1],
-        provenance=provenance.with_(
-            token_norm=float(denoiser.rows[:own].float().norm(dim=-1).mean()),
-            sigma=tuple(levels),
-            count=count,
-            seed=seed,
-            latent_values=compared[0].numel(),
-        ),
-        response=responses,
-        response_sigma=turns if response and len(levels) > 1 else None,
-    )
+        # Between turns, some levels are ahead of others.
+        if enough and ((number + 1) % len(levels) == 0 or done == count) and enough(first(done), done == count):
+            break
+    return first(done)
 
 
 def _without_common(gradients: torch.Tensor, others: int) -> torch.Tensor:

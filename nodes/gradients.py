@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.gradients import Denoiser, Gradients, check_targets, collect
 from ..elrond_core.provenance import Provenance
+from ..elrond_core.quality import Sufficient
 from . import host
 from .types import GradientsIO, seed_input
 
@@ -92,6 +93,16 @@ class CollectGradients(io.ComfyNode):
                     optional=True,
                     tooltip="Subtract the mean gradient of all words of the prompt: what is left is the concept's own.",
                 ),
+                io.Float.Input(
+                    "target_quality",
+                    default=0.0,
+                    min=0.0,
+                    max=0.9999,
+                    step=0.001,
+                    optional=True,
+                    tooltip="Stop as soon as this share of what Fit PCA's significant directions span is right, by an "
+                    "estimate from the gradients themselves; count is then the most. 0 collects all of count.",
+                ),
                 io.Vae.Input(
                     "vae",
                     optional=True,
@@ -102,7 +113,10 @@ class CollectGradients(io.ComfyNode):
                     "clip_vision", optional=True, tooltip="The image encoder; it needs the model's vae, too."
                 ),
             ],
-            outputs=[GradientsIO.Output(display_name="gradients", tooltip="For Fit PCA, Train SAE, Estimate LID.")],
+            outputs=[
+                GradientsIO.Output(display_name="gradients", tooltip="For Fit PCA, Train SAE, Estimate LID."),
+                io.String.Output(display_name="report", tooltip="How many gradients, and how good they are."),
+            ],
         )
 
     @classmethod
@@ -121,6 +135,7 @@ class CollectGradients(io.ComfyNode):
         targets_per_realization: int = 1,
         more_levels: str = "",
         remove_common: bool = False,
+        target_quality: float = 0.0,
         vae: Any = None,
         clip_vision: Any = None,
     ) -> io.NodeOutput:
@@ -147,7 +162,7 @@ class CollectGradients(io.ComfyNode):
         if len(set(sigma)) < len(sigma):
             raise ElrondError("Each noise level can be named once only: change noise_level or more_levels.")
         guidance = cfg if negative is not None else 1.0
-        # Everything that the result depends on, if only in the last bit, as it does on the batch size.
+        # Everything that a batch depends on, if only in the last bit, as it does on the batch size.
         settings = (
             provenance,
             count,
@@ -163,6 +178,7 @@ class CollectGradients(io.ComfyNode):
         )
         shards = host.open_shards(model, positive, negative, samples, settings)
         update = host.progress(count, model)
+        enough = Sufficient(target_quality) if target_quality else None
 
         def work(denoiser: host.HostDenoiser, latents: Any) -> Gradients:
             def collected(lent: Denoiser, compared: Any = None) -> Gradients:
@@ -180,6 +196,7 @@ class CollectGradients(io.ComfyNode):
                     others=denoiser.others,
                     compared=compared,
                     shards=shards,
+                    enough=enough,
                 )
 
             if vae is None:
@@ -187,7 +204,9 @@ class CollectGradients(io.ComfyNode):
             with host.through_features(denoiser, vae, clip_vision, latents, batch_size) as (lent, compared):
                 return collected(lent, compared)
 
-        return io.NodeOutput(host.visit(model, positive, negative, cfg, samples, seed, work, words=remove_common))
+        found = host.visit(model, positive, negative, cfg, samples, seed, work, words=remove_common)
+        report = f"{len(found)} gradients of {len(samples)} realizations"
+        return io.NodeOutput(found, f"{report}; {enough.line()}" if enough else report)
 
 
 def _levels(text: str) -> list[float]:

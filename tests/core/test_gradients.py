@@ -301,3 +301,33 @@ def test_the_loss_may_be_of_features(realizations: torch.Tensor) -> None:
             for s in (step, -step)
         ]
         assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(float(found.vectors[i].norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("levels", "targets", "expected"), [([0.7], 1, [3, 6]), ([0.7, 0.4], 1, [6]), ([0.7, 0.4], 2, [12])]
+)
+def test_collecting_stops_when_it_is_enough(
+    realizations: torch.Tensor, levels: list[float], targets: int, expected: list[int]
+) -> None:
+    asked: list[int] = []
+
+    def enough(found: Gradients, last: bool) -> bool:
+        asked.append(len(found))
+        assert not last
+        return len(found) > 4
+
+    options = {"sigma": levels, "targets": targets, "batch_size": 3, "seed": 3, "response": True}
+    short = collect(Network(), realizations, HERE, 20, enough=enough, **options)
+    long = collect(Network(), realizations, HERE, 20, **options)
+    assert asked == expected and len(short) == short.provenance.count == asked[-1]
+    part, heard = slice(asked[-1]), slice(asked[-1] // targets)
+    assert torch.equal(short.vectors, long.vectors[part]) and torch.equal(short.sigma, long.sigma[part])
+    assert torch.equal(short.targets, long.targets[part]) and torch.equal(short.sources, long.sources[part])
+    assert torch.equal(short.response, long.response[heard])
+    assert (short.response_sigma is None) == (len(levels) == 1)
+
+
+def test_the_last_batch_is_said_to_be_the_last(realizations: torch.Tensor) -> None:
+    asked: list[tuple[int, bool]] = []
+    found = run(realizations, count=7, batch_size=3, enough=lambda g, last: bool(asked.append((len(g), last))))
+    assert asked == [(3, False), (6, False), (7, True)] and len(found) == 7

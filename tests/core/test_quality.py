@@ -7,7 +7,7 @@ from elrond_core.errors import ElrondError
 from elrond_core.gradients import Gradients
 from elrond_core.pca import fit_pca
 from elrond_core.provenance import Provenance
-from elrond_core.quality import split_half_quality
+from elrond_core.quality import Sufficient, split_half_quality
 from elrond_core.subspace import hallucination, reconstruction
 
 SIGNAL, WIDTH = 4, 64
@@ -67,8 +67,37 @@ def test_a_sample_of_noise_is_not_trusted() -> None:
     assert split_half_quality(gradients(noise, torch.arange(100))) < 0.5
 
 
+@pytest.mark.parametrize("wanted", [0.9, 0.97])
+def test_a_collection_stops_where_it_is_good_enough(wanted: float) -> None:
+    right = []
+    for seed in range(8):
+        vectors, owners = drawn(8000, 80_000, seed)
+        sufficient = Sufficient(wanted)
+        count = next(n for n in range(16, 8000, 16) if sufficient(gradients(vectors[:n], owners[:n])))
+        assert wanted <= sufficient.estimate and sufficient.count == count
+        found = fit_pca(gradients(vectors[:count], owners[:count]))[0].vectors.flatten(1).double()
+        right.append(reconstruction(TRUTH, found))
+        assert f"{sufficient.estimate:.4f}, {wanted:g} was asked for" in sufficient.line()
+    mean = sum(right) / len(right)
+    # Never by chance long before, and not much later: the error falls as fast as the number of gradients grows.
+    assert min(right) > 1 - 1.3 * (1 - wanted) and (1 - wanted) / 1.6 < 1 - mean < 1.1 * (1 - wanted)
+
+
+def test_a_collection_that_is_never_good_enough_says_so() -> None:
+    vectors, owners = drawn(300, 5, 0)
+    sufficient = Sufficient(0.99)
+    assert not sufficient(gradients(vectors[:63], owners[:63])) and sufficient.estimate is None
+    assert not sufficient(gradients(vectors[:64], owners[:64])) and sufficient.count == 64
+    assert not sufficient(gradients(vectors[:79], owners[:79])) and sufficient.count == 64
+    assert not sufficient(gradients(vectors[:79], owners[:79]), last=True) and sufficient.count == 79
+    assert "collect more gradients, or of more realizations" in sufficient.line()
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(ElrondError, match="of at least two sources and two targets"):
         split_half_quality(gradients(torch.randn(8, WIDTH), torch.zeros(8, dtype=torch.int64)))
     with pytest.raises(ElrondError, match="at least 4 gradients"):
         split_half_quality(gradients(torch.randn(3, WIDTH), torch.arange(3)))
+    for wanted in (0.0, 1.0, float("nan")):
+        with pytest.raises(ElrondError, match="must be above 0 and below 1"):
+            Sufficient(wanted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,6 +36,21 @@ def collect(nodes: dict[str, Any], teacher: SimpleNamespace, **changes: Any) -> 
             .execute(model=teacher.model, positive=teacher.positive, realizations=teacher.realizations, **settings)
             .args[0]
         )
+
+
+def test_collection_stops_at_the_quality_asked_for(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
+    def reported(**changes: Any) -> tuple[Any, str]:
+        settings = {"count": 160, "noise_level": 1.0, "batch_size": 16, "seed": 5, "response": False, **changes}
+        given = {"model": teacher.model, "positive": teacher.positive, "realizations": teacher.realizations}
+        with torch.inference_mode():
+            return nodes["ElrondCollectGradients"].execute(**given, **settings).args
+
+    easy, said = reported(target_quality=0.1)
+    assert len(easy) == 64 and re.fullmatch(r"64 gradients of \d+ realizations; quality .*: 0.\d{4}, 0.1 was .*", said)
+    hard, said = reported(target_quality=0.9999)
+    assert len(hard) == 160 and said.endswith("collect more gradients, or of more realizations")
+    assert torch.equal(hard.vectors[:64], easy.vectors)
+    assert reported(count=64)[1] == f"64 gradients of {len(teacher.realizations['samples'])} realizations"
 
 
 @pytest.mark.parametrize("noise_level", [1.0, 0.6])

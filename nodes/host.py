@@ -15,6 +15,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -197,6 +198,7 @@ def steer_conditioning(
     change: Callable[[dict[str, Any]], tuple[tuple[int, ...], torch.Tensor]],
     start: float,
     end: float,
+    mask: torch.Tensor | None = None,
 ) -> Conditioning:
     """Steer every marked entry between two points of the sampling, and leave it as it was outside.
 
@@ -205,6 +207,10 @@ def steer_conditioning(
         change: from an entry's memory, the rows and the change (see `elrond_core.steering.steer`).
         start: share of the sampling at which steering starts, 0 to 1.
         end: share at which it ends.
+        mask: MASK in [0, 1], of any size, where in the image to steer; None is everywhere.
+
+    Raises:
+        ElrondError: if no entry is marked, steering ends before it starts, or an entry cannot be masked.
     """
     marked(conditioning)
     if not 0 <= start < end <= 1:
@@ -218,10 +224,10 @@ def steer_conditioning(
         steered = steer(tensor, rows, delta)
         batched = tensor.expand(len(steered), -1, -1) if len(steered) > len(tensor) else tensor
         first, last = options.get("start_percent", 0.0), options.get("end_percent", 1.0)
-        for low, high, rows_ in (
-            (first, min(start, last), batched),
-            (max(first, start), min(end, last), steered),
-            (max(first, end), last, batched),
+        for low, high, parts in (
+            (first, min(start, last), [(batched, options)]),
+            (max(first, start), min(end, last), _divided(options, mask, batched, steered)),
+            (max(first, end), last, [(batched, options)]),
         ):
             if low >= high:
                 continue
@@ -231,9 +237,52 @@ def steer_conditioning(
                 limits["start_percent"] = low + (1e-5 if low > first else 0.0)
             if high < 1:
                 limits["end_percent"] = high
-            rest = {k: v for k, v in options.items() if k not in ("start_percent", "end_percent")}
-            out.append([rows_, {**rest, **limits}])
+            for rows_, kept in parts:
+                rest = {k: v for k, v in kept.items() if k not in ("start_percent", "end_percent")}
+                out.append([rows_, {**rest, **limits}])
     return out
+
+
+def _divided(
+    options: dict[str, Any], mask: torch.Tensor | None, outside: torch.Tensor, inside: torch.Tensor
+) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+    """The rows and options of entries that act outside and inside a mask; together they weigh what the entry did."""
+    if mask is None or torch.equal(inside, outside):
+        return [(inside, options)]
+    if options.get("default"):
+        raise ElrondError(
+            "A default conditioning acts where the others leave room and cannot be masked itself: steer before it is "
+            "made the default, without a mask."
+        )
+    own = options.get("mask", torch.ones(1, 1, 1))
+    own, share = _alike(own if own.ndim > 2 else own[None], (mask if mask.ndim > 2 else mask[None]).clamp(0, 1))
+    # The host may crop an entry to where its mask is not zero; a division must not change what the model is shown.
+    least = torch.finfo(own.dtype).eps if options.get("set_area_to_bounds") else 0.0
+    parts = [
+        (rows, {**options, "mask": own * part.clamp_min(least)})
+        for rows, part in ((outside, 1 - share), (inside, share))
+        if (own * part).any()
+    ]
+    return parts if len(parts) > 1 else [(rows, options) for rows, _ in parts] or [(inside, options)]
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two masks (N, …, H, W) brought to the larger size and to as many images as repeat both."""
+    height, width = max(a.shape[-2], b.shape[-2]), max(a.shape[-1], b.shape[-1])
+    count = math.lcm(len(a), len(b))
+    b = b.to(a).reshape(len(b), *[1] * (a.ndim - b.ndim), *b.shape[1:])
+    a, b = (resized(each, height, width).repeat(count // len(each), *[1] * (a.ndim - 1)) for each in (a, b))
+    return a, b
+
+
+def resized(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """A mask (N, …, H, W) at another size, cells staying whole: the host resizes it smoothly when it samples."""
+    if mask.shape[-2:] == (height, width):
+        return mask
+    flat = mask.reshape(-1, 1, *mask.shape[-2:])
+    return comfy.utils.common_upscale(flat, width, height, "nearest-exact", "none").reshape(
+        *mask.shape[:-2], height, width
+    )
 
 
 def sigma_of(model: Any, noise_level: float) -> float:
@@ -353,7 +402,9 @@ class HostDenoiser:
         self._encoded: torch.Tensor = entry["cross_attn"]
         own = entry[MARK]["concepts"][0].rows
         others = tuple(row for row in entry[MARK]["words"] if row not in own) if words else ()
-        self._index = torch.tensor(own + others)
+        # Where in the conditioning the rows are.
+        self.order = own + others
+        self._index = torch.tensor(self.order)
         # How many of the last rows are not the concept's.
         self.others = len(others)
         # The first clean estimate of the latest call.

@@ -22,6 +22,12 @@ _START = io.Float.Input(
 _END = io.Float.Input(
     "end", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Share of the sampling at which steering ends."
 )
+_MASK = io.Mask.Input(
+    "mask",
+    optional=True,
+    tooltip="Steer only here and leave the rest to the prompt as it was; one mask for all images, or one each. "
+    "Concept Mask finds the concept's.",
+)
 
 
 def concept_and_norm(memory: dict[str, Any], directions: Directions, wanted: str) -> tuple[Concept, float]:
@@ -30,15 +36,21 @@ def concept_and_norm(memory: dict[str, Any], directions: Directions, wanted: str
     if family and family != memory["family"]:
         mine = memory["family"]
         raise ElrondError(f"These directions were made for {family}, but the prompt was encoded for {mine}.")
+    place = find_concept(memory, wanted, directions.provenance.concept)
+    return memory["concepts"][place], memory["norms"][place]
+
+
+def find_concept(memory: dict[str, Any], wanted: str, usual: str = "") -> int:
+    """The number of the concept a user names, or else of the usual one, or else of the first."""
     concepts: tuple[Concept, ...] = memory["concepts"]
     wanted = wanted.strip()
     for place, concept in enumerate(concepts):
-        if concept.word.lower() == (wanted or directions.provenance.concept).lower():
-            return concept, memory["norms"][place]
+        if concept.word.lower() == (wanted or usual).lower():
+            return place
     if wanted:
         marked = ", ".join(repr(c.word) for c in concepts)
         raise ElrondError(f"The prompt has no marked concept {wanted!r}; it has {marked}.")
-    return concepts[0], memory["norms"][0]
+    return 0
 
 
 def _good_share(start: float | None, end: float | None) -> bool | str:
@@ -85,6 +97,7 @@ class ApplyDirection(io.ComfyNode):
                     tooltip="Several directions at once, as in 0: 0.5, 3: -0.2. If there are any, they take the place "
                     "of index and strength. The panel's sliders write here.",
                 ),
+                _MASK,
             ],
             outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="The steered prompt.")],
         )
@@ -112,6 +125,7 @@ class ApplyDirection(io.ComfyNode):
         end: float,
         concept: str,
         strengths: str = "",
+        mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         """Steer the marked entries."""
         chosen = strengths_of(strengths) or {index: strength}
@@ -121,7 +135,7 @@ class ApplyDirection(io.ComfyNode):
             found, norm = concept_and_norm(memory, directions, concept)
             return found.rows, (norm if unit == RELATIVE else 1.0) * vector
 
-        return io.NodeOutput(host.steer_conditioning(conditioning, change, start, end))
+        return io.NodeOutput(host.steer_conditioning(conditioning, change, start, end, mask))
 
 
 class Diversify(io.ComfyNode):
@@ -180,6 +194,7 @@ class Diversify(io.ComfyNode):
                     tooltip="equal: all directions alike. by score: those with high scores more often, or with a "
                     "larger part in a mix.",
                 ),
+                _MASK,
             ],
             outputs=[
                 io.Conditioning.Output(display_name="conditioning", tooltip="One entry an image."),
@@ -221,6 +236,7 @@ class Diversify(io.ComfyNode):
         concept: str,
         how: str = RANDOM,
         weights: str = _EQUAL,
+        mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         """Draw and steer."""
         if how == NATURAL:
@@ -244,7 +260,7 @@ class Diversify(io.ComfyNode):
             return found.rows, (norm if unit == RELATIVE else 1.0) * changes
 
         lines = [f"image {i}: {_what(directions, draw)} {unit}" for i, draw in enumerate(draws)]
-        return io.NodeOutput(host.steer_conditioning(conditioning, change, start, end), "\n".join(lines))
+        return io.NodeOutput(host.steer_conditioning(conditioning, change, start, end, mask), "\n".join(lines))
 
 
 def _what(directions: Directions, draw: Draw) -> str:

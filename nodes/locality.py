@@ -1,0 +1,145 @@
+"""ConceptMask and MeasureLeak: where in an image a concept is, and how much of a change falls elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..elrond_core.errors import ElrondError
+from ..elrond_core.locality import answer_maps, measure_leak, region
+from . import host
+from .steering import find_concept
+from .types import seed_input
+
+
+class ConceptMask(io.ComfyNode):
+    """MODEL, concept and sampled images to masks of the concept."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="ElrondConceptMask",
+            display_name="Concept Mask (ELROND)",
+            category="ELROND",
+            description="Finds where in sampled images the concept is: where the model's estimate answers most when "
+            "the concept's embedding is moved at random.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that made the images."),
+                io.Conditioning.Input("positive", tooltip="The prompt, from Encode Concept."),
+                io.Latent.Input("samples", tooltip="Sampled images of this prompt, as latents."),
+                io.Float.Input(
+                    "threshold",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of an image's strongest answer above which a cell belongs to the concept. "
+                    "0 finds the best division by itself (Otsu's method).",
+                ),
+                io.Int.Input("grow", default=0, min=0, max=64, tooltip="Latent cells to add on every side."),
+                io.Float.Input(
+                    "noise_level",
+                    default=0.5,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="How far the images are noised before the model looks at them. Lower follows edges "
+                    "closer; higher also marks where the concept could have been.",
+                ),
+                io.Int.Input(
+                    "draws", default=10, min=1, max=1000, tooltip="Noises and movements to average; two passes each."
+                ),
+                io.Int.Input(
+                    "batch_size", default=1, min=1, max=1024, tooltip="Images at once. Changes memory and speed only."
+                ),
+                seed_input("Fixes noises and movements."),
+                io.String.Input(
+                    "concept", default="", tooltip="Which concept of the prompt to find. Empty: the first."
+                ),
+            ],
+            outputs=[
+                io.Mask.Output(display_name="mask", tooltip="1 where the concept is: for Apply Direction, Diversify."),
+                io.Mask.Output(display_name="answer", tooltip="How strongly each cell answers; 1 is the strongest."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        positive: Any,
+        samples: dict[str, Any],
+        threshold: float,
+        grow: int,
+        noise_level: float,
+        draws: int,
+        batch_size: int,
+        seed: int,
+        concept: str,
+    ) -> io.NodeOutput:
+        """Look under the host's model management."""
+        memory = host.marked(positive)[1]
+        concepts = list(memory["concepts"])
+        concepts.insert(0, concepts.pop(find_concept(memory, concept)))
+        latents = samples["samples"]
+        sigma = host.sigma_of(model, noise_level)
+        update = host.progress(len(latents))
+
+        def work(denoiser: host.HostDenoiser, scaled: torch.Tensor) -> torch.Tensor:
+            places = [[denoiser.order.index(row) for row in c.rows] for c in concepts]
+            return answer_maps(denoiser, scaled, sigma, seed, places, draws, batch_size, update)
+
+        maps = host.visit(model, positive, None, 1.0, latents, seed, work, words=True)
+        return io.NodeOutput(region(maps, threshold, grow).float(), maps[0] / maps[0].amax((1, 2), keepdim=True))
+
+
+class MeasureLeak(io.ComfyNode):
+    """Images without and with steering to how much of the change falls outside a mask."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="ElrondMeasureLeak",
+            display_name="Measure Leak (ELROND)",
+            category="ELROND",
+            description="Measures how much of what a direction changes falls outside the concept.",
+            inputs=[
+                io.Image.Input("before", tooltip="Images of the prompt as it is."),
+                io.Image.Input("after", tooltip="Images of the same seeds, steered."),
+                io.Mask.Input("mask", tooltip="Where the concept is before: one mask, or one an image."),
+            ],
+            outputs=[
+                io.Float.Output(
+                    display_name="leak", tooltip="0: all change is inside the mask; 1: it is spread evenly."
+                ),
+                io.String.Output(display_name="report", tooltip="Every image in words."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor) -> io.NodeOutput:
+        """Measure."""
+        if before.shape != after.shape:
+            raise ElrondError(
+                f"Images before and after must be as many and of one size, not {_size(before)} and {_size(after)}."
+            )
+        mask = host.resized(mask if mask.ndim > 2 else mask[None], *before.shape[1:3]).cpu()
+        found = measure_leak(before.cpu().movedim(-1, 1), after.cpu().movedim(-1, 1), mask)
+        lines = [f"mean leak {found.mean:.3f}"]
+        for i, (inside, outside, leak) in enumerate(zip(found.inside, found.outside, found.leak, strict=True)):
+            roots = f"{float(inside.sqrt()):.4f} inside, {float(outside.sqrt()):.4f} outside"
+            told = "no change" if leak.isnan() else f"leak {float(leak):.3f}"
+            lines.append(f"image {i}: {told} (root mean square change {roots})")
+        return io.NodeOutput(found.mean, "\n".join(lines))
+
+
+def _size(images: torch.Tensor) -> str:
+    count, height, width = images.shape[:3]
+    return f"{count} of {width}×{height}"
+
+
+NODES = [ConceptMask, MeasureLeak]

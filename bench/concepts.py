@@ -9,6 +9,7 @@ Collections are kept in bench/results/collections (not in the repository); figur
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from scipy.stats import spearmanr
 
 from demo.captions import NOUNS, compose, open_factors
 from demo.evaluate import Demo
-from demo.model import LATENT_CHANNELS
+from demo.model import LATENT_CHANNELS, WEIGHTS
 from demo.world import CONTINUOUS, SHAPES, measure
 
 PACK = host.pack()
@@ -46,7 +47,9 @@ SPREAD, DIFFERENT = 12**-0.5, 2 / 3
 
 def collection(model: str, noun: str) -> Gradients:
     """Gradients of "a <noun>" with their response, by the nodes themselves; kept once made."""
-    path = COLLECTIONS / f"{model} {noun}.safetensors"
+    # Other weights are another model.
+    weights = hashlib.blake2b((WEIGHTS / f"{model}.safetensors").read_bytes(), digest_size=6).hexdigest()
+    path = COLLECTIONS / weights / f"{model} {noun}.safetensors"
     if path.is_file():
         return files.load_gradients(path)
     nodes = {node.define_schema().node_id: node for node in PACK.NODES}

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib.cm
 import numpy as np
 import torch
 
@@ -89,6 +90,8 @@ def ours(samples: torch.Tensor) -> tuple[torch.Tensor, float]:
 
 def overcomplete(samples: torch.Tensor) -> tuple[torch.Tensor, float]:
     """The TopK autoencoder of PyPI's `overcomplete`, trained as its documentation shows, on the same budget."""
+    # Its plots ask for a function that matplotlib no longer has.
+    vars(matplotlib.cm).setdefault("get_cmap", matplotlib.colormaps.get_cmap)
     sae = importlib.import_module("overcomplete.sae")
     torch.manual_seed(0)
     model = sae.TopKSAE(WIDTH, nb_concepts=LATENTS, top_k=ACTIVE, device="cpu")

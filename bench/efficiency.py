@@ -12,8 +12,9 @@ compared with a reference of other realizations and other noise, by reconstructi
 * all: as many as stand above the reference's noise floor (elrond_core.lid), the same number for every sample.
 
 Latents and gradients are kept in bench/results/collections, under the digest of the weights, and a second run goes on
-where the first stopped. Figures go to bench/results/gradients.json, under `evaluations`, the curves to
-docs/pictures/efficiency.png. Realizations are sampled in bfloat16 arithmetic, in which the teacher was trained.
+where the first stopped. Figures go to bench/results/gradients.json, under `evaluations`, the table to
+docs/efficiency.md, the curves to docs/pictures/efficiency.png. Realizations are sampled in bfloat16 arithmetic, in
+which the teacher was trained.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ from comfyui_elrond.nodes import host  # noqa: E402
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "gradients.json"
 PICTURE = ROOT / "docs" / "pictures" / "efficiency.png"
+PAGE = ROOT / "docs" / "efficiency.md"
+BEGIN, END = "<!-- figures: bench/efficiency.py writes what follows -->", "<!-- end of figures -->"
 NOUN = "thing"
 SHAPE = (LATENT_CHANNELS, 8, 8)
 # Items a batch: samples without gradients are faster in larger ones.
@@ -579,6 +582,61 @@ def draw(curves: dict[str, list[dict[str, Any]]], published: list[dict[str, Any]
     canvas.print_png(str(path))
 
 
+def text(figures: dict[str, Any]) -> str:
+    """The figures as a page shows them."""
+    found = figures["evaluations"]
+    lines = [
+        "| recipe | calls | significant: 1 - reconstruction | hallucination | all: the same | the same |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, points in {"published": found["published"], **found["recipes"]}.items():
+        last = points[-1]
+        cells = [
+            f"{1 - last[f'{kind} reconstruction']:.2g} | {last[f'{kind} hallucination']:.2g}"
+            for kind in ("significant", "all")
+        ]
+        lines.append(f"| {name} | {last['calls']:,} | {cells[0]} | {cells[1]} |")
+    counts = found["directions"]
+    lines += [
+        "",
+        f"Means over {REPEATS} repetitions of the published recipe and {SEEDS} of every other, at the largest size of "
+        f"each; {counts['significant']} directions are significant, {counts['all']} are compared in all.",
+        "",
+    ]
+    whole = found["published"][-1]["calls"]
+    for point, how in (
+        (found["equal_quality"], f"to within {TOLERANCE} of the published recipe's four figures"),
+        (found["equal_quality_without_tolerance"], "to at least the published recipe's four figures"),
+    ):
+        if point is None:
+            lines.append(f"- No cheaper recipe here comes {how}.")
+        else:
+            ratio = whole / point["calls"]
+            lines.append(f"- The cheapest {how}: {point['recipe']}, {point['calls']:,} calls, {ratio:.1f} times fewer.")
+    parts = found["anatomy"]
+    total = parts["source"] + parts["target"] + parts["pair"]
+    shares = ", ".join(f"{parts[name] / total:.0%} {name}" for name in ("source", "target", "pair"))
+    lines.append(
+        f"- Where the error of one significant gradient comes from: {shares}. With S sources, m realizations and N "
+        f"gradients 1 - reconstruction is {parts['source']:.2g}/S + {parts['target']:.2g}/m + {parts['pair']:.2g}/N, "
+        f"for the published recipe {parts['expected']:.1g}."
+    )
+    rows = [row for rows in found["running_estimate"].values() for row in rows]
+    errors = torch.tensor([[1 - row["estimate"], 1 - row["right"]] for row in rows])
+    low, high = (errors[:, 0] / errors[:, 1]).quantile(torch.tensor([0.1, 0.9])).tolist()
+    lines.append(
+        f"- The error that `target_quality` would have estimated, of {len(rows)} samples of {FIRST} gradients and "
+        f"more, is between {low:.2f} and {high:.2f} times the true one in eight of ten."
+    )
+    rows = found["sparse_autoencoder"]
+    atoms = ", ".join(f"{row['stability']:.2f} ({row['chance']:.2f}) from {row['gradients']:,}" for row in rows)
+    lines.append(
+        "- Atoms of a sparse autoencoder find their like in those of one trained on other gradients with a mean cosine "
+        f"of {atoms} gradients; in brackets what single gradients in the place of atoms come to."
+    )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run the bench."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -625,10 +683,14 @@ def main() -> None:
     )
     print("without tolerance", strict and (strict["recipe"], strict["calls"]))
     if scale == 1:
-        before = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-        RESULTS.write_text(json.dumps({**before, **figures}, indent=1, sort_keys=True) + "\n")
+        others = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+        RESULTS.write_text(json.dumps({**others, **figures}, indent=1, sort_keys=True) + "\n")
+        before, _, after = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        page = f"{before}{BEGIN}\n{text(figures)}\n{END}{after.partition(END)[2]}"
+        PAGE.write_text(page, encoding="utf-8")
         draw(curves, whole, PICTURE)
     else:
+        print(text(figures))
         draw(curves, whole, bench.folder / "small.png")
 
 

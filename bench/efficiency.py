@@ -102,8 +102,8 @@ class Samples:
         if self.own is None:
             return Moments.of(as_gradients(flat))
         own = Moments.of(as_gradients(self.own[:sources]))
-        scatter = flat.T @ flat + own.scatter
-        return replace(own, scatter=scatter)
+        # As many as there are vectors, of which its rank is; the scale of a covariance changes no direction.
+        return replace(own, count=len(flat), scatter=flat.T @ flat + own.scatter)
 
 
 def as_gradients(
@@ -634,6 +634,7 @@ def text(figures: dict[str, Any]) -> str:
         "- Atoms of a sparse autoencoder find their like in those of one trained on other gradients with a mean cosine "
         f"of {atoms} gradients; in brackets what single gradients in the place of atoms come to."
     )
+    lines += ["", "![errors over calls](pictures/efficiency.png)"]
     return "\n".join(lines)
 
 

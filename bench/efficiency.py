@@ -382,7 +382,7 @@ class Recipes:
         # The largest of the last two come to a tenth of the published recipe's calls.
         for count, most in ((64, 4096), (256, 10_240), (1024, 2560)):
             yield f"{count} realizations", self.pairs(f"few {count}", count, most)
-        few, most = 256, 2048
+        few, most = 256, 1024
         yield "4 targets a source", self.pairs("targets", few, most // 2, targets=4)
         yield "antithetic noise", self.pairs("antithetic", few, most, antithetic)
         yield "Sobol noise", self.pairs("sobol", few, most, sobol)

@@ -30,18 +30,21 @@ class Sufficient:
 
     Args:
         wanted: quality to reach, above 0 and below 1.
+        most: gradients that there will be if it is never reached.
 
     Attributes:
         estimate: the latest estimate of `split_half_quality`; None before the first.
         count: number of gradients it is of.
 
     Raises:
-        ElrondError: if `wanted` is out of range.
+        ElrondError: if `wanted` or `most` is out of range.
     """
 
-    def __init__(self, wanted: float) -> None:
+    def __init__(self, wanted: float, most: int) -> None:
         if not 0 < wanted < 1:
             raise ElrondError(f"The quality to reach must be above 0 and below 1, got {wanted}.")
+        if most < FIRST:
+            raise ElrondError(f"A quality can be told of at least {FIRST} gradients: raise the count, which is {most}.")
         self.wanted = wanted
         self.estimate: float | None = None
         self.count = 0

@@ -144,6 +144,7 @@ class CollectGradients(io.ComfyNode):
         check_targets(len(samples), targets_per_realization)
         if negative is None and cfg not in (0.0, 1.0):
             raise ElrondError(f"A cfg of {cfg} needs a negative prompt: connect one, or set cfg to 1.")
+        enough = Sufficient(target_quality, count) if target_quality else None
         if (vae is None) != (clip_vision is None):
             raise ElrondError("Comparing image features needs both a vae and a clip_vision: connect both or neither.")
         _, memory = host.marked(positive)
@@ -178,7 +179,6 @@ class CollectGradients(io.ComfyNode):
         )
         shards = host.open_shards(model, positive, negative, samples, settings)
         update = host.progress(count, model)
-        enough = Sufficient(target_quality) if target_quality else None
 
         def work(denoiser: host.HostDenoiser, latents: Any) -> Gradients:
             def collected(lent: Denoiser, compared: Any = None) -> Gradients:

@@ -21,6 +21,8 @@ import torch
 from PIL import Image
 from scipy.stats import spearmanr
 
+from elrond_core.files import load_directions
+
 from .captions import NOUNS, Caption, compose, open_factors
 from .measures import alignment, diversity
 from .pictures import complexity_chart, sheet
@@ -33,7 +35,7 @@ CONCEPT = "thing"
 STRENGTHS = [-1.0, -0.67, -0.33, 0.0, 0.33, 0.67, 1.0]
 HELD_OUT_SEEDS = 8
 SWEEP_SEED = 7001
-DIRECTIONS = 8
+DIRECTIONS, SWEPT = "demo thing", 8
 STEPS = {"teacher": 20, "student": 4}
 # One prompt with nothing named, and one naming a value of each factor.
 PROMPTS = [[], ["red"], ["square"], ["large"], ["left"], ["bottom"], ["dark"]]
@@ -131,10 +133,10 @@ def _diversify(seed: int, lowest: float, highest: float) -> dict[str, Any]:
         "mix": 1,
         "leading": 0,
         "both_signs": True,
-        "how": "random",
+        "how": "natural",
         "weights": "equal",
         "start": 0.0,
-        "end": 1.0,
+        "end": 0.2,
         "concept": "",
     }
 
@@ -230,8 +232,8 @@ def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where pictures and the summary go")
-    parser.add_argument("--lowest", type=float, default=0.2, help="least strength of the diversified batch")
-    parser.add_argument("--highest", type=float, default=0.8, help="greatest strength of the diversified batch")
+    parser.add_argument("--lowest", type=float, default=0.3, help="least strength of the diversified batch")
+    parser.add_argument("--highest", type=float, default=0.6, help="greatest strength of the diversified batch")
     arguments = parser.parse_args()
     began = time.monotonic()
     output: Path = arguments.output
@@ -247,7 +249,8 @@ def main() -> None:
 
         print("2/4 steer: what each direction moves")
         demo.run(workflow("steer"))
-        table, strips = sweep(demo, DIRECTIONS)
+        found = load_directions(output / "elrond" / "directions" / f"{DIRECTIONS}.safetensors")
+        table, strips = sweep(demo, min(SWEPT, len(found)))
         moved = {
             name: max(((row["rho"][name], row["direction"]) for row in table), key=lambda pair: abs(pair[0]))
             for name in CONTINUOUS

@@ -173,7 +173,7 @@ def prune(root: Path, fingerprint: str, limit: int = LIMIT) -> None:
         limit: bytes.
     """
     with contextlib.suppress(OSError):
-        (root / fingerprint).touch()
+        os.utime(root / fingerprint)
     with contextlib.suppress(OSError):
         found = sorted((p for p in root.iterdir() if p.is_dir()), key=lambda p: (p.name == fingerprint, _used(p)))
         sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in found]

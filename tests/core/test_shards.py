@@ -201,6 +201,8 @@ def test_clean_up_removes_what_was_used_longest_ago(tmp_path: Path) -> None:
     prune(tmp_path, "mine", limit=50)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     prune(tmp_path / "not there", "mine")
+    prune(tmp_path, "of a collection that has not begun")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def scaled(factor: float, shift: float = 0.0) -> Callable[[float], float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,11 @@ from comfyui_elrond.elrond_core.files import load_directions
 from comfyui_elrond.nodes import host
 
 from demo.world import measure, render
+
+# isort: split
+sys.path.append(str(Path(__file__).parent))
+
+import families
 
 SHIPPED = Path(__file__).parents[2] / "demo" / "directions" / "demo thing.safetensors"
 IMAGES = 8
@@ -147,6 +153,31 @@ def test_an_entry_is_cropped_to_its_own_mask_still(teacher: SimpleNamespace, app
     assert len(resolved) == 3 and len({each["area"] for each in resolved}) == 1
     with pytest.raises(ElrondError, match="default conditioning acts where the others leave room"):
         apply([[tensor, {**options, "default": True}]], 0, 0.5, LEFT)
+
+
+@pytest.mark.parametrize("name", ["SDXL", "Flux dev", "Qwen-Image"])
+def test_other_families(nodes: dict[str, Any], name: str) -> None:
+    """Latents of some have a dimension for frames."""
+    family = next(each for each in families.FAMILIES if each.name == name)
+    model, positive, latents = families.build(family), families.prompt(family), families.latents(family)
+    change = families.random(1, len(families.CONCEPT.rows), families.WIDTH, seed=6)
+
+    def estimate(mask: Any, amount: float) -> torch.Tensor:
+        entries = host.steer_conditioning(positive, lambda memory: (families.CONCEPT.rows, amount * change), 0, 1, mask)
+        noise = families.random(*latents.shape, seed=5)
+        with torch.inference_mode():
+            return comfy.sample.sample(
+                model, noise, 1, 1.0, "euler", "simple", entries, entries, latents * 0, disable_pbar=True, seed=0
+            )
+
+    plain, steered = estimate(None, 0.0), estimate(None, 1.0)
+    assert not torch.allclose(plain, steered, rtol=1e-2, atol=1e-3)
+    check(estimate(LEFT, 1.0), plain + LEFT * (steered - plain))
+    settings = {"threshold": 0.0, "grow": 0, "noise_level": 0.5, "draws": 2, "batch_size": 2, "seed": 0, "concept": ""}
+    with torch.inference_mode():
+        node = nodes["ElrondConceptMask"]
+        mask, _ = node.execute(model=model, positive=positive, samples={"samples": latents}, **settings).args
+    assert mask.shape == (len(latents), *latents.shape[-2:]) and 0 < mask.mean() < 1
 
 
 def find(nodes: dict[str, Any], teacher: SimpleNamespace, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:

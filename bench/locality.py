@@ -2,9 +2,9 @@
 
     python -m bench.locality
 
-Everything is done by the nodes themselves at their default settings, on both models; the region a leak is measured
+Everything is done by the nodes themselves at their default settings, on the student; the region a leak is measured
 against is the shape itself, as the world draws what it measures in the unsteered image. Figures go to
-bench/results/locality.json.
+bench/results/locality.json, by directions file.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def rank(answer: torch.Tensor, shape: torch.Tensor) -> float:
     return float(torch.stack([(a[c > 0.5][:, None] > a[c == 0][None]).float().mean() for a, c in pairs]).mean())
 
 
-def of_model(name: str, path: Path) -> dict[str, Any]:
-    """Leaks of one file's directions on one model, averaged over images and then directions."""
-    demo, directions = Demo.load(name), load_directions(path)
+def of_file(path: Path) -> dict[str, Any]:
+    """Leaks of a file's directions, averaged over images and then directions."""
+    demo, directions = Demo.load("student"), load_directions(path)
     origin = directions.provenance
     positive = run("ElrondEncodeConcept", clip=demo.clip, prompt=origin.prompt, concept=origin.concept)[0]
 
@@ -87,7 +87,7 @@ def of_model(name: str, path: Path) -> dict[str, Any]:
             after = picture(sampled(steered))
             found[key].append(measure_leak(before.movedim(-1, 1), after.movedim(-1, 1), shape))
             valid[key].append(float(measure(after).valid.float().mean()))
-        print(name, path.stem, index, {key: round(leaks[-1].mean, 3) for key, leaks in found.items()}, flush=True)
+        print(path.stem, index, {key: round(leaks[-1].mean, 3) for key, leaks in found.items()}, flush=True)
     return {
         "images": IMAGES,
         "region_rank": rank(answer, shape),
@@ -111,10 +111,8 @@ def _root(squares: torch.Tensor) -> float:
 def main() -> None:
     """Measure, and keep the figures."""
     files = sorted((ROOT / "demo" / "directions").glob("*.safetensors"))
-    figures: dict[str, Any] = {}
-    for name in ("student", "teacher"):
-        figures[name] = {path.stem: of_model(name, path) for path in files}
-        RESULTS.write_text(json.dumps(figures, indent=1) + "\n")
+    figures = {path.stem: of_file(path) for path in files}
+    RESULTS.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
 
 

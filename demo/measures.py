@@ -32,7 +32,7 @@ def diversity(seen: Measurement, factors: list[str] | tuple[str, ...]) -> float:
 
     Each continuous factor contributes the mean absolute difference of two images over that of two uniform numbers
     (1/3); shape contributes the probability that two images differ over that of three equally likely shapes (2/3).
-    Factors count alike.
+    Factors count alike. Values outside the world's range, as broken images have them, count as its ends.
     """
     shares = []
     for name in factors:
@@ -43,6 +43,7 @@ def diversity(seen: Measurement, factors: list[str] | tuple[str, ...]) -> float:
             same = (counts * (counts - 1)).sum() / (count * (count - 1))
             shares.append(float((1 - same) / (2 / 3)))
         else:
+            values = values.clamp(0, 1)
             apart = (values[:, None] - values[None, :]).abs().sum() / (count * (count - 1))
             shares.append(float(apart / (1 / 3)))
     return sum(shares) / len(shares)

@@ -214,15 +214,14 @@ class _Trainer:
         self.idle = torch.zeros(latents, dtype=torch.int64, device=data.device)  # Steps since a latent last fired.
         self.order: tuple[int, torch.Tensor] | None = None
 
-    def encode(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Activations (B, latents) with at most k above zero each, and what they were before TopK."""
-        before = torch.relu((batch - self.decoder_bias) @ self.encoder.T + self.encoder_bias)
-        return _top(before, self.k), before
+    def encode(self, batch: torch.Tensor) -> torch.Tensor:
+        """Activations (B, latents) with at most k above zero each."""
+        return _top(torch.addmm(self.encoder_bias, batch - self.decoder_bias, self.encoder.T), self.k)
 
     def advance(self) -> float:
         """One step of Adam; returns the batch's FVU."""
         batch = self._batch()
-        active, _ = self.encode(batch)
+        active = self.encode(batch)
         rest = batch - self.decoder_bias - active @ self.decoder
         fvu = rest.square().sum(1).mean() / self.variance
         loss = fvu
@@ -233,7 +232,7 @@ class _Trainer:
         if len(dead):
             # AuxK: what the living leave, reconstructed by the dead alone.
             wanted = rest.detach()
-            before = torch.relu((batch - self.decoder_bias) @ self.encoder[dead].T + self.encoder_bias[dead])
+            before = (batch - self.decoder_bias) @ self.encoder[dead].T + self.encoder_bias[dead]
             found = _top(before, min(len(dead), max(1, batch.shape[1] // 2))) @ self.decoder[dead]
             auxiliary = (wanted - found).square().sum() / wanted.square().sum().clamp_min(1e-12)
             loss = loss + _AUX_WEIGHT * auxiliary
@@ -314,9 +313,10 @@ class _Trainer:
                     }
 
 
-def _top(activations: torch.Tensor, k: int) -> torch.Tensor:
-    values, places = activations.topk(k, dim=1, sorted=False)
-    return torch.zeros_like(activations).scatter(1, places, values)
+def _top(before: torch.Tensor, k: int) -> torch.Tensor:
+    """TopK(ReLU(before)); ReLU after TopK is the same, and k values are fewer than all."""
+    values, places = before.topk(k, dim=1, sorted=False)
+    return torch.zeros_like(before).scatter(1, places, values.relu())
 
 
 @torch.no_grad()
@@ -328,7 +328,7 @@ def _finish(
     fired = torch.zeros(latents, dtype=torch.float64)
     energy, rest, total = torch.zeros(latents, dtype=torch.float64), 0.0, 0.0
     for batch in trainer.data.split(_CHUNK):
-        active, _ = trainer.encode(batch)
+        active = trainer.encode(batch)
         centred = batch - trainer.decoder_bias
         rest += float((centred - active @ trainer.decoder).double().square().sum())
         total += float(centred.double().square().sum())

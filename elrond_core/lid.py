@@ -15,8 +15,8 @@ the mean of the gradients towards one target places that realization among the o
 In units of the model's response (`elrond_core.response`) these places have a correlation dimension (Grassberger and
 Procaccia, 1983, "Measuring the strangeness of strange attractors"): how fast the number of neighbours grows with the
 radius. It assumes that distances at which 5 to 40 % of all pairs are neighbours lie above the noise of those means and
-below the bends of the curve, and like every estimate from few points it falls short where the dimension is high:
-numbers rank concepts, and are right for low ones.
+below the bends of the curve, and like every estimate from few points it falls short where the dimension is high, and
+where one way is far louder than the rest: it ranks concepts rather than counts.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from typing import Any
 
 import comfy.ops
 import comfy.quant_ops
-import comfy.sample
 import comfy.sd
 import pytest
 import torch
@@ -28,6 +27,7 @@ sys.path.append(str(Path(__file__).parent))
 
 import families
 from families import FAMILIES, Family, build, latents, prompt, random
+from sampling import sample
 
 NAMED = {family.name: family for family in FAMILIES}
 SD, SDXL, FLUX = NAMED["SD 1.x"], NAMED["SDXL"], NAMED["Flux dev"]
@@ -123,20 +123,7 @@ def assert_samples_of_a_batch_are_apart(family: Family, model: Any, positive: An
 
 def picture(family: Family, model: Any, positive: Any) -> torch.Tensor:
     noise = random(1, *family.latent, seed=7)
-    with torch.inference_mode():
-        return comfy.sample.sample(
-            model,
-            noise,
-            2,
-            1.0,
-            "euler",
-            "simple",
-            positive,
-            positive,
-            torch.zeros_like(noise),
-            disable_pbar=True,
-            seed=0,
-        )
+    return sample(model, positive, noise, 2)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

@@ -14,7 +14,6 @@ from typing import Any
 
 import comfy.ldm.models.autoencoder
 import comfy.model_management
-import comfy.sample
 import comfy.sd
 import comfy.utils
 import folder_paths
@@ -24,6 +23,7 @@ import torch
 from comfyui_elrond.elrond_core.errors import ElrondError
 from comfyui_elrond.elrond_core.gradients import gradient
 from comfyui_elrond.nodes import host
+from sampling import sample
 
 ROOT = Path(__file__).parents[2]
 
@@ -136,20 +136,7 @@ def test_guidance_keeps_the_gradient_of_the_guided_estimate(nodes: dict[str, Any
 def test_collection_leaves_the_model_as_it_was(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
     def picture() -> torch.Tensor:
         noise = torch.randn(2, 24, 8, 8, generator=torch.Generator().manual_seed(1))
-        with torch.inference_mode():
-            return comfy.sample.sample(
-                teacher.model,
-                noise,
-                4,
-                1.0,
-                "euler",
-                "simple",
-                teacher.positive,
-                teacher.positive,
-                torch.zeros_like(noise),
-                disable_pbar=True,
-                seed=0,
-            )
+        return sample(teacher.model, teacher.positive, noise, 4)
 
     before = picture()
     flags = [p.requires_grad for p in teacher.model.model.parameters()]

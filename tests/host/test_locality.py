@@ -22,6 +22,7 @@ from demo.world import measure, render
 sys.path.append(str(Path(__file__).parent))
 
 import families
+from sampling import sample
 
 SHIPPED = Path(__file__).parents[2] / "demo" / "directions" / "demo thing.safetensors"
 IMAGES = 8
@@ -47,20 +48,7 @@ def apply(nodes: dict[str, Any], shipped: Directions) -> Any:
 def estimate(teacher: SimpleNamespace, positive: Any, count: int = 2) -> torch.Tensor:
     """One step from pure noise to the end of the schedule: the clean estimate there, as the host combines entries."""
     noise = torch.randn(count, 24, 8, 8, generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        return comfy.sample.sample(
-            teacher.model,
-            noise,
-            1,
-            1.0,
-            "euler",
-            "simple",
-            positive,
-            positive,
-            torch.zeros_like(noise),
-            disable_pbar=True,
-            seed=0,
-        )
+    return sample(teacher.model, positive, noise, 1)
 
 
 def check(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import comfy.sample
 import pytest
 import torch
 from comfyui_elrond.elrond_core.directions import Directions
 from comfyui_elrond.elrond_core.errors import ElrondError
 from comfyui_elrond.elrond_core.provenance import Provenance
 from comfyui_elrond.nodes import host
+from sampling import sample
 
 
 def directions(width: int = 128, family: str = "Demo", count: int = 3) -> Directions:
@@ -22,20 +22,7 @@ def directions(width: int = 128, family: str = "Demo", count: int = 3) -> Direct
 
 def picture(teacher: SimpleNamespace, positive: Any, count: int = 1) -> torch.Tensor:
     noise = torch.randn(1, 24, 8, 8, generator=torch.Generator().manual_seed(1)).repeat(count, 1, 1, 1)
-    with torch.inference_mode():
-        return comfy.sample.sample(
-            teacher.model,
-            noise,
-            4,
-            1.0,
-            "euler",
-            "simple",
-            positive,
-            positive,
-            torch.zeros_like(noise),
-            disable_pbar=True,
-            seed=0,
-        )
+    return sample(teacher.model, positive, noise, 4)
 
 
 def encode(nodes: dict[str, Any], teacher: SimpleNamespace, prompt: str, concept: str = "", which: int = 1) -> Any:

@@ -1,0 +1,20 @@
+"""Sampling as the stock KSampler node does, without its progress bar."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from demo import host  # noqa: F401  (puts ComfyUI on the path)
+
+# isort: split
+import comfy.sample
+import torch
+
+
+def sample(model: Any, positive: Any, noise: torch.Tensor, steps: int) -> torch.Tensor:
+    """Latents from pure noise, by Euler steps and without guidance, in inference mode as the executor does."""
+    empty = torch.zeros_like(noise)
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            model, noise, steps, 1.0, "euler", "simple", positive, positive, empty, disable_pbar=True, seed=0
+        )

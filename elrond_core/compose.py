@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,16 +14,20 @@ from .errors import ElrondError
 
 # What is left of a direction that the ones before it span is rounding.
 _SPANNED = 1e-4
+# More than any set holds: an index has six digits at most.
+ANY_COUNT = 10**6
 
 
 def indices_of(text: str, count: int) -> list[int]:
     """Indices that a person listed, such as "0, 2, 5-7"; nothing means all.
 
+    Args:
+        text: the list.
+        count: how many there are; `ANY_COUNT` where that is not known yet.
+
     Raises:
         ElrondError: if the text cannot be read, or an index is repeated or not in 0 to `count` - 1.
     """
-    if not text.strip():
-        return list(range(count))
     found: list[int] = []
     for part in filter(None, re.split(r"[,;\s]+", re.sub(r"\s*-\s*", "-", text.strip()))):
         match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)
@@ -32,10 +37,10 @@ def indices_of(text: str, count: int) -> list[int]:
         if not first <= last < count:
             raise ElrondError(f"There are no directions {part}: this set holds 0 to {count - 1}.")
         found += range(first, last + 1)
-    repeated = {i for i in found if found.count(i) > 1}
+    repeated = [i for i, times in Counter(found).items() if times > 1]
     if repeated:
         raise ElrondError(f"Direction {min(repeated)} is listed twice.")
-    return found
+    return found if text.strip() else list(range(count))
 
 
 def numbers_of(text: str) -> list[float]:

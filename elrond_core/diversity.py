@@ -1,4 +1,4 @@
-"""How different the images of a batch are: mean pairwise distance, Vendi score, the nearest pair."""
+"""How different the images of a batch are (mean pairwise distance, Vendi score, nearest pair), and what they show."""
 
 from __future__ import annotations
 
@@ -44,6 +44,50 @@ class Diversity:
         ]
 
 
+@dataclass(frozen=True)
+class Alignment:
+    """How well images show what a text says: the CLIP score (Hessel et al., 2104.08718) before its factor of 2.5.
+
+    Attributes:
+        cosines: float64 (N,), one an image; higher is better, and what is usual depends on the encoders.
+    """
+
+    cosines: torch.Tensor
+
+    @property
+    def mean(self) -> float:
+        """Over all images."""
+        return float(self.cosines.mean())
+
+    def lines(self) -> list[str]:
+        """A report."""
+        least = int(self.cosines.argmin())
+        return [
+            f"alignment with the text {self.mean:.4f}",
+            f"least aligned: image {least}, {float(self.cosines[least]):.4f}",
+        ]
+
+
+def alignment(features: torch.Tensor, text: torch.Tensor) -> Alignment:
+    """Cosines of images with a text, as encoders that were trained together see both.
+
+    Args:
+        features: (N, F) of the images, any float dtype.
+        text: (F,) of the text.
+
+    Raises:
+        ElrondError: if the two are not of one length, or one is zero or not finite.
+    """
+    if features.shape[1:] != text.shape:
+        raise ElrondError(
+            f"The image encoder makes {features.shape[1]} numbers and the text encoder {len(text)}: use the two halves "
+            "of one CLIP."
+        )
+    if not (torch.isfinite(text).all() and text.abs().max() > 0):
+        raise ElrondError("The text has no features to compare: they are all zero, or not finite.")
+    return Alignment(_unit(features) @ torch.nn.functional.normalize(text.double(), dim=0))
+
+
 def of_features(features: torch.Tensor) -> Diversity:
     """Diversity by the features of an image encoder, compared by their cosine.
 
@@ -53,11 +97,8 @@ def of_features(features: torch.Tensor) -> Diversity:
     Raises:
         ElrondError: if there are fewer than two, or one is zero or not finite.
     """
-    _check(features)
-    norms = features.double().norm(dim=1, keepdim=True)
-    if not (norms > 0).all():
-        raise ElrondError(f"Image {int((norms[:, 0] == 0).long().argmax())} has no features to compare.")
-    unit = features.double() / norms
+    _check_count(features)
+    unit = _unit(features)
     similarity = unit @ unit.T
     return _measure(1 - similarity, similarity, "the cosine of an image encoder's features")
 
@@ -71,7 +112,8 @@ def of_pixels(images: torch.Tensor) -> Diversity:
     Raises:
         ElrondError: if there are fewer than two images, or one is not finite.
     """
-    _check(images)
+    _check_count(images)
+    _check_finite(images)
     small = torch.nn.functional.adaptive_avg_pool2d(images[..., :3].movedim(-1, 1).double(), _GRID).flatten(1)
     distances = torch.cdist(small, small, compute_mode="donot_use_mm_for_euclid_dist") / small.shape[1] ** 0.5
     similarity = torch.exp(-0.5 * (distances / _PIXEL_SCALE) ** 2)
@@ -88,9 +130,20 @@ def vendi_score(similarity: torch.Tensor) -> float:
     return float(torch.exp(torch.special.entr(values / values.sum()).sum()))
 
 
-def _check(items: torch.Tensor) -> None:
+def _check_count(items: torch.Tensor) -> None:
     if len(items) < 2:
         raise ElrondError(f"Diversity needs at least two images, got {len(items)}.")
+
+
+def _unit(features: torch.Tensor) -> torch.Tensor:
+    _check_finite(features)
+    norms = features.double().norm(dim=1, keepdim=True)
+    if not (norms > 0).all():
+        raise ElrondError(f"Image {int((norms[:, 0] == 0).long().argmax())} has no features to compare.")
+    return features.double() / norms
+
+
+def _check_finite(items: torch.Tensor) -> None:
     finite = torch.isfinite(items.flatten(1)).all(1)
     if not finite.all():
         raise ElrondError(f"Image {int(finite.long().argmin())} holds numbers that are not finite.")

@@ -179,9 +179,28 @@ def _spread(scales: torch.Tensor, count: int, seed: int, both_signs: bool) -> tu
 
 
 def change_of(directions: Directions, draw: Draw) -> torch.Tensor:
-    """The change (R, d) that a draw stands for: strength times the unit mix of its directions."""
+    """The change (R, d) that a draw stands for: strength times the unit mix of its directions.
+
+    Raises:
+        ElrondError: if the mix has no length.
+    """
+    mixed, norm = _mix(directions, draw)
+    return draw.strength * mixed / norm
+
+
+def parts_of(directions: Directions, draw: Draw) -> dict[int, float]:
+    """The strength of each direction in a draw; the directions times them add up to `change_of`.
+
+    Raises:
+        ElrondError: if the mix has no length.
+    """
+    norm = float(_mix(directions, draw)[1])
+    return {k: draw.strength * weight / norm for k, weight in zip(draw.indices, draw.weights, strict=True)}
+
+
+def _mix(directions: Directions, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
     mixed = torch.einsum("k,krd->rd", torch.tensor(draw.weights), directions.vectors[list(draw.indices)])
     norm = mixed.norm()
     if not math.isfinite(float(norm)) or norm == 0:
         raise ElrondError("The mix of directions cancels to nothing; use another seed or mix fewer.")
-    return draw.strength * mixed / norm
+    return mixed, norm

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..elrond_core import compose
 from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
-from .types import DirectionsIO
+from .types import DirectionsIO, verdict
 
 _SUBSET, _SUM, _ORTHOGONAL = "subset", "weighted sum", "orthogonalise"
 
@@ -59,13 +59,9 @@ class ComposeDirections(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, weights: str | None = None) -> bool | str:
+    def validate_inputs(cls, which: str | None = None, weights: str | None = None) -> bool | str:
         """Refuse what can be seen to be wrong before anything is computed."""
-        try:
-            compose.numbers_of(weights or "")
-        except ElrondError as error:
-            return str(error)
-        return True
+        return verdict((compose.indices_of, which, compose.ANY_COUNT), (compose.numbers_of, weights))
 
     @classmethod
     def execute(

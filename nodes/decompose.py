@@ -9,12 +9,13 @@ import torch
 from comfy_api.latest import io
 
 from ..elrond_core import plots
+from ..elrond_core.errors import ElrondError
 from ..elrond_core.gradients import Gradients
 from ..elrond_core.pca import fit_pca
 from ..elrond_core.response import fit_response
 from ..elrond_core.sae import train_sae
 from . import host
-from .types import DirectionsIO, GradientsIO, image, seed_input
+from .types import DirectionsIO, GradientsIO, image, seed_input, verdict
 
 _SIGNIFICANCE = io.Float.Input(
     "significance",
@@ -169,6 +170,11 @@ class TrainSAE(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, lowest_density: float | None = None, highest_density: float | None = None) -> bool | str:
+        """Refuse what can be seen to be wrong before anything is computed."""
+        return verdict((_check_densities, lowest_density, highest_density))
+
+    @classmethod
     def execute(
         cls,
         gradients: Gradients,
@@ -201,6 +207,11 @@ class TrainSAE(io.ComfyNode):
                 on_step=on_step,
             )
         return io.NodeOutput(directions, image(plots.sae_report(report)), "\n".join(report.lines()))
+
+
+def _check_densities(lowest: float, highest: float) -> None:
+    if not -20 <= lowest < highest <= 0:
+        raise ElrondError(f"The densities must go from low to high within -20 and 0, not from {lowest} to {highest}.")
 
 
 NODES = [FitPCA, FitResponse, TrainSAE]

@@ -1,4 +1,4 @@
-"""MeasureDiversity: how different the images of a batch are."""
+"""MeasureDiversity: how different the images of a batch are, and whether they show what they should."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..elrond_core import diversity
 from ..elrond_core.errors import ElrondError
 from . import host
+from .types import verdict
 
 
 class MeasureDiversity(io.ComfyNode):
@@ -22,7 +23,8 @@ class MeasureDiversity(io.ComfyNode):
             node_id="ElrondMeasureDiversity",
             display_name="Measure Diversity (ELROND)",
             category="ELROND",
-            description="Measures how different the images of a batch are, to compare settings by numbers.",
+            description="Measures how different the images of a batch are, and how well they show what a text says, "
+            "to compare settings by numbers.",
             inputs=[
                 io.Image.Input("images", tooltip="A batch of at least two images of one prompt."),
                 io.ClipVision.Input(
@@ -30,6 +32,18 @@ class MeasureDiversity(io.ComfyNode):
                     optional=True,
                     tooltip="An image encoder (CLIP, SigLIP, DINOv2), which compares what images show. "
                     "Without one their pixels are compared.",
+                ),
+                io.String.Input(
+                    "text",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="What the images should show, to measure if they do. Needs clip_vision and clip.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="For the text: the text encoder that was trained together with clip_vision.",
                 ),
             ],
             outputs=[
@@ -41,19 +55,48 @@ class MeasureDiversity(io.ComfyNode):
                 ),
                 io.Image.Output(display_name="nearest", tooltip="The two images that are most alike."),
                 io.String.Output(display_name="report", tooltip="All of it in words."),
+                io.Float.Output(
+                    display_name="alignment", tooltip="Mean cosine of the images with the text; 0 without a text."
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, images: torch.Tensor, clip_vision: Any = None) -> io.NodeOutput:
+    def validate_inputs(cls, text: str | None = None, clip_vision: Any = False, clip: Any = False) -> bool | str:
+        """Refuse what can be seen to be wrong before anything is computed; an input that is wired is None."""
+        return verdict((_check_text, text, clip_vision is None, clip is None))
+
+    @classmethod
+    def execute(cls, images: torch.Tensor, clip_vision: Any = None, text: str = "", clip: Any = None) -> io.NodeOutput:
         """Measure."""
         if len(images) < 2:
             raise ElrondError(f"Diversity needs at least two images in the batch, got {len(images)}.")
+        _check_text(text, clip_vision is not None, clip is not None)
+        wanted = _sentence_features(clip, text) if text.strip() else None
         if clip_vision is None:
             found = diversity.of_pixels(images)
         else:
-            found = diversity.of_features(host.image_features(clip_vision, images))
-        return io.NodeOutput(found.distance, found.vendi, images[list(found.nearest)], "\n".join(found.lines()))
+            features = host.image_features(clip_vision, images)
+            # SigLIP gives a row a patch.
+            features = features.mean(1) if features.ndim == 3 else features
+            found = diversity.of_features(features)
+        lines, mean = found.lines(), 0.0
+        if wanted is not None:
+            aligned = diversity.alignment(features, wanted)
+            lines, mean = lines + aligned.lines(), aligned.mean
+        return io.NodeOutput(found.distance, found.vendi, images[list(found.nearest)], "\n".join(lines), mean)
+
+
+def _check_text(text: str, clip_vision: bool, clip: bool) -> None:
+    if text.strip() and not (clip_vision and clip):
+        raise ElrondError("A text is compared by the two halves of a CLIP: connect clip_vision and clip, or clear it.")
+
+
+def _sentence_features(clip: Any, text: str) -> torch.Tensor:
+    pooled = host.encode(clip, text)[0][1].get("pooled_output")
+    if pooled is None:
+        raise ElrondError("This text encoder says nothing of a text as a whole: connect a CLIP's, or clear the text.")
+    return pooled[0].float().cpu()
 
 
 NODES = [MeasureDiversity]

@@ -12,7 +12,7 @@ from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.gradients import Gradients
 from . import host
-from .types import DirectionsIO, GradientsIO
+from .types import DirectionsIO, GradientsIO, verdict
 
 SUFFIX = ".safetensors"
 
@@ -65,11 +65,7 @@ def _fingerprint(kind: str, name: str) -> str:
 
 def _good_name(kind: str, name: str | None) -> bool | str:
     """True, or why a file cannot be saved under this name; None is a name that is wired and not known yet."""
-    try:
-        files.safe_path(host.output_folder() / kind, name if name is not None else "wired", SUFFIX)
-    except ElrondError as error:
-        return str(error)
-    return True
+    return verdict((files.safe_path, host.output_folder() / kind, name, SUFFIX))
 
 
 def _name_input(what: str) -> io.String.Input:
@@ -139,13 +135,7 @@ class LoadDirections(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, name: str | None) -> bool | str:
         """Files that appeared after the node list was read are welcome; ones that are not there are named."""
-        if name is None:
-            return True
-        try:
-            find("directions", name)
-        except ElrondError as error:
-            return str(error)
-        return True
+        return verdict((find, "directions", name))
 
     @classmethod
     def fingerprint_inputs(cls, name: str) -> str:
@@ -221,13 +211,7 @@ class LoadGradients(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, name: str | None) -> bool | str:
         """Files that appeared after the node list was read are welcome; ones that are not there are named."""
-        if name is None:
-            return True
-        try:
-            find("gradients", name)
-        except ElrondError as error:
-            return str(error)
-        return True
+        return verdict((find, "gradients", name))
 
     @classmethod
     def fingerprint_inputs(cls, name: str) -> str:

@@ -11,7 +11,7 @@ from ..elrond_core.gradients import Denoiser, Gradients, check_targets, collect
 from ..elrond_core.provenance import Provenance
 from ..elrond_core.quality import Sufficient
 from . import host
-from .types import GradientsIO, seed_input
+from .types import GradientsIO, check_guidance, seed_input, verdict
 
 
 class CollectGradients(io.ComfyNode):
@@ -120,6 +120,22 @@ class CollectGradients(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(
+        cls,
+        cfg: float | None = None,
+        more_levels: str | None = None,
+        negative: Any = False,
+        vae: Any = False,
+        clip_vision: Any = False,
+    ) -> bool | str:
+        """Refuse what can be seen to be wrong before anything is computed; an input that is wired is None."""
+        return verdict(
+            (check_guidance, cfg, negative is None),
+            (_levels, more_levels),
+            (_check_features, vae is None, clip_vision is None),
+        )
+
+    @classmethod
     def execute(
         cls,
         model: Any,
@@ -142,11 +158,9 @@ class CollectGradients(io.ComfyNode):
         """Collect under the host's model management."""
         samples = realizations["samples"]
         check_targets(len(samples), targets_per_realization)
-        if negative is None and cfg not in (0.0, 1.0):
-            raise ElrondError(f"A cfg of {cfg} needs a negative prompt: connect one, or set cfg to 1.")
+        check_guidance(cfg, negative is not None)
         enough = Sufficient(target_quality, count) if target_quality else None
-        if (vae is None) != (clip_vision is None):
-            raise ElrondError("Comparing image features needs both a vae and a clip_vision: connect both or neither.")
+        _check_features(vae is not None, clip_vision is not None)
         _, memory = host.marked(positive)
         concept = memory["concepts"][0]
         if remove_common and not set(memory["words"]) - set(concept.rows):
@@ -207,6 +221,11 @@ class CollectGradients(io.ComfyNode):
         found = host.visit(model, positive, negative, cfg, samples, seed, work, words=remove_common)
         report = f"{len(found)} gradients of {len(samples)} realizations"
         return io.NodeOutput(found, f"{report}; {enough.line()}" if enough else report)
+
+
+def _check_features(vae: bool, clip_vision: bool) -> None:
+    if vae != clip_vision:
+        raise ElrondError("Comparing image features needs both a vae and a clip_vision: connect both or neither.")
 
 
 def _levels(text: str) -> list[float]:

@@ -13,7 +13,7 @@ from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.tokens import find_concept, occurrences
 from . import host
-from .types import DirectionsIO
+from .types import DirectionsIO, verdict
 
 
 def _rows(clip: Any, prompt: str, concept: str, occurrence: int) -> torch.Tensor:
@@ -83,11 +83,7 @@ class LabelDirections(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, words: str | None = None) -> bool | str:
         """Refuse what can be seen to be wrong before anything is computed."""
-        try:
-            labels.words_of(words if words is not None else labels.WORDS)
-        except ElrondError as error:
-            return str(error)
-        return True
+        return verdict((labels.words_of, words))
 
     @classmethod
     def execute(

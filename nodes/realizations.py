@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..elrond_core.errors import ElrondError
 from . import host
-from .types import seed_input
+from .types import check_guidance, seed_input, verdict
 
 
 class SampleRealizations(io.ComfyNode):
@@ -57,6 +56,11 @@ class SampleRealizations(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, cfg: float | None = None, negative: Any = False) -> bool | str:
+        """Refuse what can be seen to be wrong before anything is computed; an input that is wired is None."""
+        return verdict((check_guidance, cfg, negative is None))
+
+    @classmethod
     def execute(
         cls,
         model: Any,
@@ -75,8 +79,7 @@ class SampleRealizations(io.ComfyNode):
         """Sample batch by batch."""
         # Said now, not by Collect Gradients after all images are made.
         host.marked(positive)
-        if negative is None and cfg not in (0.0, 1.0):
-            raise ElrondError(f"A cfg of {cfg} needs a negative prompt: connect one, or set cfg to 1.")
+        check_guidance(cfg, negative is not None)
         update = host.progress(count)
         done = []
         for first in range(0, count, batch_size):

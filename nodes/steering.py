@@ -10,10 +10,20 @@ from comfy_api.latest import io
 from ..elrond_core.compose import strengths_of
 from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
-from ..elrond_core.steering import NATURAL, RANDOM, WAYS, Draw, change_of, check_share, check_strengths, draw_steps
+from ..elrond_core.steering import (
+    NATURAL,
+    RANDOM,
+    WAYS,
+    Draw,
+    change_of,
+    check_share,
+    check_strengths,
+    draw_steps,
+    parts_of,
+)
 from ..elrond_core.tokens import Concept
 from . import host
-from .types import ABSOLUTE, CONCEPT_INPUT, RELATIVE, UNIT_INPUT, DirectionsIO, seed_input
+from .types import ABSOLUTE, CONCEPT_INPUT, RELATIVE, UNIT_INPUT, DirectionsIO, seed_input, verdict
 
 _EQUAL, _BY_SCORE = "equal", "by score"
 _START = io.Float.Input(
@@ -44,23 +54,16 @@ def find_concept(memory: dict[str, Any], wanted: str, usual: str = "") -> int:
     """The number of the concept a user names, or else of the usual one, or else of the first."""
     concepts: tuple[Concept, ...] = memory["concepts"]
     wanted = wanted.strip()
-    for place, concept in enumerate(concepts):
-        if concept.word.lower() == (wanted or usual).lower():
-            return place
+    names: list[str] = []
+    for concept in concepts:
+        word = concept.word.lower()
+        names += [word, f"{word} #{names.count(word) + 1}"]
+    if (wanted or usual).lower() in names:
+        return names.index((wanted or usual).lower()) // 2
     if wanted:
         marked = ", ".join(repr(c.word) for c in concepts)
         raise ElrondError(f"The prompt has no marked concept {wanted!r}; it has {marked}.")
     return 0
-
-
-def _good_share(start: float | None, end: float | None) -> bool | str:
-    """True, or why no step lies between two points of the sampling; None is a value that is wired."""
-    try:
-        if start is not None and end is not None:
-            check_share(start, end)
-    except ElrondError as error:
-        return str(error)
-    return True
 
 
 class ApplyDirection(io.ComfyNode):
@@ -73,7 +76,8 @@ class ApplyDirection(io.ComfyNode):
             node_id="ElrondApplyDirection",
             display_name="Apply Direction (ELROND)",
             category="ELROND",
-            description="Steers the concept along one direction. Chain several to combine them.",
+            description="Steers the concept along one direction or several. Chain nodes to combine sets of directions, "
+            "concepts or parts of the sampling.",
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="From Encode Concept, or another Apply Direction."),
                 DirectionsIO.Input("directions", tooltip="From Fit PCA, Train SAE or Load Directions."),
@@ -107,11 +111,7 @@ class ApplyDirection(io.ComfyNode):
         cls, start: float | None = None, end: float | None = None, strengths: str | None = None
     ) -> bool | str:
         """Refuse what can be seen to be wrong before anything is computed."""
-        try:
-            strengths_of(strengths or "")
-        except ElrondError as error:
-            return str(error)
-        return _good_share(start, end)
+        return verdict((strengths_of, strengths), (check_share, start, end))
 
     @classmethod
     def execute(
@@ -198,7 +198,7 @@ class Diversify(io.ComfyNode):
             ],
             outputs=[
                 io.Conditioning.Output(display_name="conditioning", tooltip="One entry an image."),
-                io.String.Output(display_name="report", tooltip="What every image got."),
+                io.String.Output(display_name="report", tooltip="What every image got, as Apply Direction takes it."),
             ],
         )
 
@@ -211,12 +211,7 @@ class Diversify(io.ComfyNode):
         end: float | None = None,
     ) -> bool | str:
         """Refuse what can be seen to be wrong before anything is computed."""
-        try:
-            if lowest is not None and highest is not None:
-                check_strengths(lowest, highest)
-        except ElrondError as error:
-            return str(error)
-        return _good_share(start, end)
+        return verdict((check_strengths, lowest, highest), (check_share, start, end))
 
     @classmethod
     def execute(
@@ -259,15 +254,16 @@ class Diversify(io.ComfyNode):
             found, norm = concept_and_norm(memory, directions, concept)
             return found.rows, (norm if unit == RELATIVE else 1.0) * changes
 
-        lines = [f"image {i}: {_what(directions, draw)} {unit}" for i, draw in enumerate(draws)]
+        lines = [f"image {i}: {_what(directions, draw, unit)}" for i, draw in enumerate(draws)]
         return io.NodeOutput(host.steer_conditioning(conditioning, change, start, end, mask), "\n".join(lines))
 
 
-def _what(directions: Directions, draw: Draw) -> str:
-    """A draw in words, its largest parts first."""
-    parts = sorted(zip(draw.indices, draw.weights, strict=True), key=lambda part: -abs(part[1]))
-    named = [f"{w:+.2f} x direction {k}" + (f" ({n})" if (n := directions.names[k]) else "") for k, w in parts]
-    return " + ".join(named) + f", strength {draw.strength:+.3f}"
+def _what(directions: Directions, draw: Draw, unit: str) -> str:
+    """A draw as Apply Direction takes it, its largest parts first, and the names of the three largest."""
+    parts = sorted(parts_of(directions, draw).items(), key=lambda part: -abs(part[1]))
+    strengths = ", ".join(f"{k}: {part:.5g}" for k, part in parts)
+    named = ", ".join(f"{k} is {name}" for k, _ in parts[:3] if (name := directions.names[k]))
+    return f"strengths {strengths} in {unit}" + (f" ({named})" if named else "")
 
 
 NODES = [ApplyDirection, Diversify]

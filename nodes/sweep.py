@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..elrond_core.compose import indices_of
+from ..elrond_core.compose import ANY_COUNT, indices_of
 from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.sheets import contact_sheet, save_strip
 from . import host
 from .steering import concept_and_norm
-from .types import CONCEPT_INPUT, RELATIVE, UNIT_INPUT, DirectionsIO, image, seed_input
+from .types import CONCEPT_INPUT, RELATIVE, UNIT_INPUT, DirectionsIO, check_guidance, image, seed_input, verdict
 
 _SHOWN = 8
 
@@ -87,11 +87,18 @@ class DirectionSweep(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lowest: float | None = None, highest: float | None = None) -> bool | str:
-        """Refuse what can be seen to be wrong before anything is computed."""
-        if lowest is not None and highest is not None and not -1000 <= lowest < highest <= 1000:
-            return f"The strengths must go from low to high within ±1000, not from {lowest} to {highest}."
-        return True
+    def validate_inputs(
+        cls,
+        lowest: float | None = None,
+        highest: float | None = None,
+        which: str | None = None,
+        cfg: float | None = None,
+        negative: Any = False,
+    ) -> bool | str:
+        """Refuse what can be seen to be wrong before anything is computed; an input that is wired is None."""
+        return verdict(
+            (_check_range, lowest, highest), (indices_of, which, ANY_COUNT), (check_guidance, cfg, negative is None)
+        )
 
     @classmethod
     def execute(
@@ -120,8 +127,7 @@ class DirectionSweep(io.ComfyNode):
     ) -> io.NodeOutput:
         """Sample row by row."""
         indices = indices_of(which, len(directions)) if which.strip() else list(range(min(_SHOWN, len(directions))))
-        if negative is None and cfg not in (0.0, 1.0):
-            raise ElrondError(f"A cfg of {cfg} needs a negative prompt: connect one, or set cfg to 1.")
+        check_guidance(cfg, negative is not None)
         strengths = torch.linspace(lowest, highest, columns)
         # All rows are steered before the first is sampled, so that what does not fit is said at once.
         steered = [_steered(positive, directions, i, strengths.split(batch_size), unit, concept) for i in indices]
@@ -153,6 +159,11 @@ class DirectionSweep(io.ComfyNode):
             cell,
         )
         return io.NodeOutput(image(sheet), pictures)
+
+
+def _check_range(lowest: float, highest: float) -> None:
+    if not -1000 <= lowest < highest <= 1000:
+        raise ElrondError(f"The strengths must go from low to high within ±1000, not from {lowest} to {highest}.")
 
 
 def _steered(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from comfy_api.latest import io
+
+from ..elrond_core.errors import ElrondError
 
 GradientsIO = io.Custom("ELROND_GRADIENTS")
 DirectionsIO = io.Custom("ELROND_DIRECTIONS")
@@ -21,8 +26,37 @@ UNIT_INPUT = io.Combo.Input(
 CONCEPT_INPUT = io.String.Input(
     "concept",
     default="",
-    tooltip="Which concept of the prompt to steer. Empty: the one the directions were made for, or the first.",
+    tooltip="Which concept of the prompt to steer; dog #2 is the second marked dog. Empty: the one the directions were "
+    "made for, or the first.",
 )
+
+
+def verdict(*checks: tuple[Callable[..., Any] | Any, ...]) -> bool | str:
+    """What `validate_inputs` answers: True, or the sentence with which the first of some checks refuses.
+
+    Args:
+        checks: each a function that raises ElrondError, and its arguments. A check of an argument that is None is left
+            out: that is an input that is wired, whose value is not known yet.
+    """
+    try:
+        for check, *values in checks:
+            if not any(value is None for value in values):
+                check(*values)
+    except ElrondError as error:
+        return str(error)
+    return True
+
+
+def check_guidance(cfg: float, has_negative: bool) -> None:
+    """Refuse guidance that cannot be.
+
+    Raises:
+        ElrondError: if it is out of range, or other than none and there is no negative prompt.
+    """
+    if not 0 <= cfg <= 100:
+        raise ElrondError(f"The cfg must lie between 0 and 100, not at {cfg}.")
+    if not has_negative and cfg not in (0.0, 1.0):
+        raise ElrondError(f"A cfg of {cfg} needs a negative prompt: connect one, or set cfg to 1.")
 
 
 def image(picture: np.ndarray) -> torch.Tensor:

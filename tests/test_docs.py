@@ -55,9 +55,10 @@ def test_choices_are_those_of_the_node(schemas: dict) -> None:
     for node_id, schema in schemas.items():
         page = (PAGES / f"{node_id}.md").read_text(encoding="utf-8")
         for entry in schema.inputs:
-            if entry.id in ("unit", "average_over") or node_id == "ElrondLoadDemoModel":
-                for choice in entry.options:
-                    assert f"`{choice}`" in section(page, "Inputs"), (node_id, choice)
+            if entry.id in ("sampler_name", "scheduler") or node_id in ("ElrondLoadDirections", "ElrondLoadGradients"):
+                continue
+            for choice in getattr(entry, "options", None) or []:
+                assert re.search(f"[`*]{choice}[`*]", section(page, "Inputs")), (node_id, choice)
 
 
 def test_every_input_and_output_has_a_tooltip(schemas: dict) -> None:

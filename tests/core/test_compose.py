@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from elrond_core.compose import (
+    ANY_COUNT,
     indices_of,
     merge,
     numbers_of,
@@ -33,6 +34,12 @@ def directions(count: int = 4, rows: int = 2, width: int = 8, family: str = "Dem
 )
 def test_indices(text: str, found: list[int]) -> None:
     assert indices_of(text, 4) == found
+
+
+def test_indices_of_a_set_that_is_not_known_yet() -> None:
+    assert len(indices_of("0-999999", ANY_COUNT)) == ANY_COUNT
+    with pytest.raises(ElrondError, match="'x' is not a direction"):
+        indices_of("0, x", ANY_COUNT)
 
 
 @pytest.mark.parametrize(

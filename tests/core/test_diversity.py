@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from elrond_core.diversity import of_features, of_pixels, vendi_score
+from elrond_core.diversity import alignment, of_features, of_pixels, vendi_score
 from elrond_core.errors import ElrondError
 
 
@@ -56,6 +56,27 @@ def test_the_nearest_pair_is_found() -> None:
     found = of_pixels(images)
     assert found.nearest == (2, 5)
     assert "images 2 and 5" in "\n".join(found.lines())
+
+
+def test_alignment_is_the_cosine_with_the_text() -> None:
+    found = alignment(torch.tensor([[2.0, 0.0], [3.0, 3.0], [0.0, -1.0]]), torch.tensor([5.0, 0.0]))
+    torch.testing.assert_close(found.cosines, torch.tensor([1, 0.5**0.5, 0], dtype=torch.float64))
+    assert found.mean == pytest.approx((1 + 0.5**0.5) / 3)
+    assert found.lines()[1] == "least aligned: image 2, 0.0000"
+
+
+@pytest.mark.parametrize(
+    ("features", "text", "sentence"),
+    [
+        (torch.ones(2, 3), torch.ones(4), "makes 3 numbers and the text encoder 4: use the two halves of one CLIP"),
+        (torch.ones(2, 3), torch.zeros(3), "The text has no features"),
+        (torch.ones(2, 3), torch.full((3,), float("inf")), "not finite"),
+        (torch.tensor([[1.0], [0.0]]), torch.ones(1), "Image 1 has no features"),
+    ],
+)
+def test_what_cannot_be_aligned(features: torch.Tensor, text: torch.Tensor, sentence: str) -> None:
+    with pytest.raises(ElrondError, match=sentence):
+        alignment(features, text)
 
 
 def test_what_cannot_be_measured() -> None:

@@ -10,7 +10,7 @@ import torch
 from elrond_core.directions import Directions
 from elrond_core.errors import ElrondError
 from elrond_core.provenance import Provenance
-from elrond_core.steering import change_of, check_share, draw_steps
+from elrond_core.steering import Draw, change_of, check_share, draw_steps, parts_of
 
 
 def directions(scores: list[float]) -> Directions:
@@ -74,6 +74,18 @@ def test_natural_steps_have_the_variety_of_the_model() -> None:
     torch.testing.assert_close(half, 0.5 * drawn(set_, 64, how="natural"))
     only = drawn(set_, 64, how="natural", leading=1)
     assert (only[:, 1:] == 0).all() and only[:, 0].std() == pytest.approx(3, rel=0.1)
+
+
+def test_the_parts_of_a_draw_add_up_to_it() -> None:
+    slanted = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), dim=1)
+    set_ = replace(directions([1.0, 1.0]), vectors=slanted[:, None])
+    draw = Draw((1, 0), (2.0, -0.5), -0.7)
+    parts = parts_of(set_, draw)
+    assert list(parts) == [1, 0] and parts[1] < 0 < parts[0]
+    torch.testing.assert_close(parts[1] * set_.vectors[1] + parts[0] * set_.vectors[0], change_of(set_, draw))
+    assert parts_of(set_, Draw((1,), (1.0,), 0.4)) == pytest.approx({1: 0.4})
+    with pytest.raises(ElrondError, match="cancels to nothing"):
+        parts_of(set_, Draw((0,), (0.0,), 0.4))
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,34 @@ import comfy.sample
 import torch
 
 
-def sample(model: Any, positive: Any, noise: torch.Tensor, steps: int) -> torch.Tensor:
-    """Latents from pure noise, by Euler steps and without guidance, in inference mode as the executor does."""
-    empty = torch.zeros_like(noise)
+def sample(
+    model: Any,
+    positive: Any,
+    noise: torch.Tensor,
+    steps: int,
+    start: int | None = None,
+    end: int | None = None,
+    latents: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Latents from pure noise, by Euler steps and without guidance, in inference mode as the executor does.
+
+    With `start` and `end` only these of the steps, from the noisy `latents` that an earlier part left.
+    """
+    latents = torch.zeros_like(noise) if latents is None else latents
+    noise = noise if not start else torch.zeros_like(noise)
     with torch.inference_mode():
         return comfy.sample.sample(
-            model, noise, steps, 1.0, "euler", "simple", positive, positive, empty, disable_pbar=True, seed=0
+            model,
+            noise,
+            steps,
+            1.0,
+            "euler",
+            "simple",
+            positive,
+            positive,
+            latents,
+            start_step=start,
+            last_step=end,
+            disable_pbar=True,
+            seed=0,
         )

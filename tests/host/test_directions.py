@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import comfy.model_management
+import comfy.utils
+import latent_preview
 import numpy as np
 import pytest
 import torch
@@ -104,6 +108,9 @@ def test_impossible_ranges_are_refused_before_the_graph_runs(nodes: dict[str, An
         ("ApplyDirection", {"start": 0.9, "end": 0.5}, "start before it ends"),
         ("ApplyDirection", {"strengths": "red"}, "'red' is not a direction and its strength"),
         ("ComposeDirections", {"weights": "1, x"}, "'x' is not a number"),
+        ("ComposeDirections", {"which": "0, 0"}, "Direction 0 is listed twice"),
+        ("DirectionSweep", {"which": "first"}, "'first' is not a direction"),
+        ("TrainSAE", {"lowest_density": -1.0, "highest_density": -2.0}, "densities must go from low to high"),
         ("LabelDirections", {"words": "red"}, "at least two words"),
     ):
         check = nodes[f"Elrond{name}"].validate_inputs
@@ -184,13 +191,107 @@ def test_measure_diversity(nodes: dict[str, Any], encoder: Any) -> None:
     images[4] = images[1] * 0.98
     with torch.inference_mode():
         for vision, how in ((None, "their pixels"), (encoder, "image encoder")):
-            distance, vendi, nearest, report = run(images, vision).args
+            distance, vendi, nearest, report, _ = run(images, vision).args
             assert distance > 0 and 1 < vendi < 5 and how in report
             assert torch.equal(nearest, images[[1, 4]])
             same = run(images[:1].repeat(5, 1, 1, 1), vision).args
             assert same[0] == pytest.approx(0, abs=1e-6) and same[1] == pytest.approx(1, abs=1e-5)
     with pytest.raises(ElrondError, match="at least two images in the batch, got 1"):
         run(images[:1])
+
+
+VISION = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_channels": 3, "patch_size": 14}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "dinov2", "image_size": 518, "layer_norm_eps": 1e-6, "use_swiglu_ffn": False},
+        {
+            "model_type": "siglip_vision_model",
+            "image_size": 28,
+            "intermediate_size": 64,
+            "hidden_act": "gelu_pytorch_tanh",
+        },
+    ],
+    ids=["DINOv2", "SigLIP"],
+)
+def test_diversity_by_other_image_encoders(nodes: dict[str, Any], tmp_path: Path, config: dict[str, Any]) -> None:
+    import comfy.clip_vision
+
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(VISION | config))
+    encoder = comfy.clip_vision.ClipVisionModel(str(path))
+    g = torch.Generator().manual_seed(0)
+    encoder.load_sd({k: 0.2 * torch.randn(v.shape, generator=g) for k, v in encoder.get_sd().items()})
+    images = torch.rand(4, 32, 32, 3, generator=torch.Generator().manual_seed(0))
+    images[3] = images[1] * 0.99
+    with torch.inference_mode():
+        distance, vendi, nearest, report, alignment = nodes["ElrondMeasureDiversity"].execute(images, encoder).args
+    assert distance > 0 and 1 < vendi < 4 and alignment == 0
+    assert torch.equal(nearest, images[[1, 3]]) and "image encoder" in report
+
+
+def test_alignment_with_a_text(nodes: dict[str, Any], encoder: Any) -> None:
+    """Images are measured against a text whose features are planted to be those of the first."""
+    node = nodes["ElrondMeasureDiversity"]
+    images = torch.rand(5, 32, 32, 3, generator=torch.Generator().manual_seed(0))
+
+    def clip(features: Any) -> SimpleNamespace:
+        encoded = [[torch.zeros(1, 4, 24), {"pooled_output": features}]]
+        return SimpleNamespace(tokenize=lambda text: text, encode_from_tokens_scheduled=lambda tokens: encoded)
+
+    with torch.inference_mode():
+        seen = host.image_features(encoder, images)
+        *_, report, alignment = node.execute(images, encoder, "a dog", clip(3 * seen[:1])).args
+        cosines = torch.nn.functional.cosine_similarity(seen, seen[:1])
+        assert alignment == pytest.approx(float(cosines.mean()), abs=1e-6)
+        assert f"least aligned: image {int(cosines.argmin())}, " in report
+        for text, vision, made, sentence in (
+            ("a dog", encoder, clip(None), "says nothing of a text as a whole"),
+            ("a dog", encoder, clip(torch.ones(1, 7)), "makes 24 numbers and the text encoder 7"),
+            ("a dog", None, clip(seen[:1]), "connect clip_vision and clip"),
+            ("a dog", encoder, None, "connect clip_vision and clip"),
+        ):
+            with pytest.raises(ElrondError, match=sentence):
+                node.execute(images, vision, text, made)
+        assert node.execute(images, encoder, " ", None).args[4] == 0
+    assert "connect clip_vision and clip" in node.validate_inputs("a dog", None)
+    assert node.validate_inputs("a dog", None, None) is True
+    assert node.validate_inputs("") is True
+
+
+def test_guidance_and_pairs_of_inputs_are_checked_before_the_graph_runs(nodes: dict[str, Any]) -> None:
+    """To a check an input that is wired is None, and one that is not is left out."""
+    for name in ("SampleRealizations", "CollectGradients", "DirectionSweep"):
+        check = nodes[f"Elrond{name}"].validate_inputs
+        assert "A cfg of 7.0 needs a negative prompt" in check(cfg=7.0)
+        assert "between 0 and 100" in check(cfg=-1.0, negative=None)
+        assert check(cfg=7.0, negative=None) is check(cfg=1.0) is check(cfg=None) is True
+    check = nodes["ElrondCollectGradients"].validate_inputs
+    assert "needs both a vae and a clip_vision" in check(vae=None)
+    assert check(vae=None, clip_vision=None) is check(more_levels="0.8, 0.6") is True
+    assert "more_levels is a list of numbers" in check(more_levels="high")
+
+
+def test_a_sweep_shows_what_it_samples_and_can_be_cancelled(
+    nodes: dict[str, Any], teacher: SimpleNamespace, shipped: Directions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latent_preview.args, "preview_method", latent_preview.LatentPreviewMethod.Latent2RGB)
+    shown: list[Any] = []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda done, total, picture, **_: shown.append(picture))
+    sweep(nodes, teacher, shipped)
+    assert sum(picture is not None for picture in shown) >= 4
+    calls = []
+
+    def stop(done: int, total: int, picture: Any, **_: Any) -> None:
+        calls.append(done)
+        comfy.model_management.interrupt_current_processing()
+
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", stop)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        sweep(nodes, teacher, shipped)
+    assert len(calls) == 1
 
 
 def test_what_the_panel_is_told_and_changes(nodes: dict[str, Any], shipped: Directions) -> None:
@@ -250,6 +351,4 @@ def test_diversify_leaves_masks_and_other_prompts_alone(
         assert len(rows) == 4 and kept["mask"] is mask and kept["strength"] == 0.7
     assert early[1]["end_percent"] == 0.3 and late[1]["start_percent"] == pytest.approx(0.3, abs=1e-4)
     assert not torch.equal(early[0][0], early[0][1]) and torch.equal(late[0], tensor.expand(4, -1, -1))
-    # Every line of the report names the parts of a mix, its strength and its unit.
-    assert [line.count(" x direction ") for line in report.splitlines()] == [3] * 4
-    assert all("strength +0." in line and line.endswith("token norms") for line in report.splitlines())
+    assert [line.count(": ") for line in report.splitlines()] == [4] * 4

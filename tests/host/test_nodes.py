@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +15,10 @@ from comfyui_elrond.elrond_core.directions import Directions
 from comfyui_elrond.elrond_core.errors import ElrondError
 from comfyui_elrond.elrond_core.provenance import Provenance
 from comfyui_elrond.nodes import host
+
+# isort: split
+sys.path.append(str(Path(__file__).parent))
+
 from sampling import sample
 
 
@@ -20,9 +28,9 @@ def directions(width: int = 128, family: str = "Demo", count: int = 3) -> Direct
     return Directions(vectors, scores, {"name": "test"}, Provenance(family, concept="thing"))
 
 
-def picture(teacher: SimpleNamespace, positive: Any, count: int = 1) -> torch.Tensor:
+def picture(teacher: SimpleNamespace, positive: Any, count: int = 1, **part: Any) -> torch.Tensor:
     noise = torch.randn(1, 24, 8, 8, generator=torch.Generator().manual_seed(1)).repeat(count, 1, 1, 1)
-    return sample(teacher.model, positive, noise, 4)
+    return sample(teacher.model, positive, noise, 4, **part)
 
 
 def encode(nodes: dict[str, Any], teacher: SimpleNamespace, prompt: str, concept: str = "", which: int = 1) -> Any:
@@ -132,6 +140,77 @@ def test_steering_part_of_the_sampling(nodes: dict[str, Any], teacher: SimpleNam
     # Ranges that meet cover the sampling once: steering early, then late by the same amount, is steering throughout.
     halves = apply(nodes, apply(nodes, teacher.positive, 0.7, end=0.5), 0.7, start=0.5)
     torch.testing.assert_close(picture(teacher, halves), whole)
+
+
+def test_another_direction_for_each_part_of_the_sampling(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
+    """One chain is what two samplers make that take over from each other half way."""
+    early, late = (apply(nodes, teacher.positive, 0.7, index=index) for index in (0, 1))
+    chained = apply(nodes, apply(nodes, teacher.positive, 0.7, end=0.4), 0.7, index=1, start=0.4)
+    first = picture(teacher, early, end=2)
+    torch.testing.assert_close(picture(teacher, chained), picture(teacher, late, start=2, latents=first))
+
+
+def test_concepts_of_one_prompt_are_steered_independently(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
+    both, _ = encode(nodes, teacher, "a [ball] a [box] a [ball]")
+    norms = both[0][0][0].norm(dim=1)
+    steered = apply(nodes, both, 0.5, concept="ball")
+    steered = apply(nodes, steered, -0.4, index=1, concept="Box")
+    steered = apply(nodes, steered, 0.3, index=2, concept="ball #2")
+    moved = (steered[0][0] - both[0][0])[0]
+    expected = torch.zeros_like(moved)
+    for row, amount, index in ((2, 0.5, 0), (4, -0.4, 1), (6, 0.3, 2)):
+        expected[row] = amount * norms[row] * directions().vectors[index, 0]
+    torch.testing.assert_close(moved, expected, rtol=0, atol=1e-5)
+    assert (picture(teacher, steered) - picture(teacher, both)).abs().max() > 1e-2
+    with pytest.raises(ElrondError, match="no marked concept 'ball #3'; it has 'ball', 'box', 'ball'"):
+        apply(nodes, both, 0.5, concept="ball #3")
+
+
+def test_prompts_with_regions_of_their_own_are_diversified_one_by_one(
+    nodes: dict[str, Any], teacher: SimpleNamespace
+) -> None:
+    import nodes as stock
+
+    def beside(left: Any, right: Any) -> Any:
+        half = torch.zeros(1, 64, 64)
+        half[:, :, :32] = 1
+        masked = [
+            stock.ConditioningSetMask().append(entries, mask, "default", 1.0)[0]
+            for entries, mask in ((left, half), (right, 1 - half))
+        ]
+        return stock.ConditioningCombine().combine(*masked)[0]
+
+    def estimate(positive: Any) -> torch.Tensor:
+        noise = torch.randn(3, 24, 8, 8, generator=torch.Generator().manual_seed(1))
+        return sample(teacher.model, positive, noise, 1)
+
+    ball, box = (encode(nodes, teacher, f"a [{word}]")[0] for word in ("ball", "box"))
+    run = nodes["ElrondDiversify"].execute
+    settings = ("token norms", 2, 0, True, 0.0, 1.0, "")
+    one, other, both = (
+        run(positive, directions(), 3, 1, 0.3, 0.6, *settings).args[0] for positive in (ball, box, beside(ball, box))
+    )
+    assert len(both) == 2
+    found = estimate(both)
+    torch.testing.assert_close(found[..., :4], estimate(one)[..., :4], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[..., 4:], estimate(other)[..., 4:], rtol=1e-4, atol=1e-4)
+    assert (found - estimate(beside(ball, box))).abs().amax((1, 2, 3)).min() > 1e-2
+
+
+@pytest.mark.parametrize(("how", "mix"), [("random", 1), ("random", 2), ("spread", 1), ("natural", 1)])
+def test_the_report_makes_an_image_of_a_batch_again(
+    nodes: dict[str, Any], teacher: SimpleNamespace, how: str, mix: int
+) -> None:
+    known = replace(directions(), reach=(3.0, 2.0, 1.0), names=("", "round", ""))
+    run = nodes["ElrondDiversify"].execute
+    batch, report = run(
+        teacher.positive, known, 3, 5, 0.3, 0.6, "token norms", mix, 0, True, 0.0, 1.0, "", how=how
+    ).args
+    for i, line in enumerate(report.splitlines()):
+        found = re.fullmatch(rf"image {i}: strengths (.*) in (token norms|absolute)( \(1 is round\))?", line)
+        again = apply(nodes, teacher.positive, 0.0, strengths=found[1], unit=found[2], directions=known)
+        torch.testing.assert_close(again[0][0][0], batch[0][0][i], rtol=0, atol=1e-3)
+        assert ("1: " in found[1]) == bool(found[3])
 
 
 def test_diversify_gives_each_image_its_own_step(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:

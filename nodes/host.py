@@ -7,6 +7,8 @@ change. Facts about the host that shape it:
   backward pass, so they are replaced by normal copies.
 * A `Sampler` subclass is handed a callable that returns the clean estimate for any parameterisation, with model
   patches, LoRAs, guidance and memory management already in place.
+* Weights that are not on the device all the time are lent to a layer for one multiplication, by newer hosts in memory
+  that the next layer's overwrite; the backward pass needs copies.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import comfy.cli_args
 import comfy.clip_vision
 import comfy.ldm.modules.attention
 import comfy.model_management
@@ -36,6 +39,7 @@ import comfy.utils
 import folder_paths
 import latent_preview
 import torch
+import transformers
 
 from ..elrond_core import __version__, shards
 from ..elrond_core.checkpointing import Checkpointing, Footprint, SavedTensors, blocks_of, footprint
@@ -152,11 +156,11 @@ def _template(clip: Any, name: str, chunks: Any) -> tuple[int, int]:
 def _decoder(wrapper: Any, name: str) -> Callable[[list[int]], str]:
     for candidate in (f"clip_{name}", name, getattr(wrapper, "clip", "")):
         tokenizer: Any = getattr(getattr(wrapper, candidate, None), "tokenizer", None) if candidate else None
-        if hasattr(tokenizer, "decode"):
-            return functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-        if tokenizer is not None:
-            # The host's wrapper of a SentencePiece model.
-            return tokenizer.tokenizer.decode
+        # The host has some of its own: a wrapper of a SentencePiece model, and plain ones.
+        foreign = isinstance(tokenizer, transformers.PreTrainedTokenizerBase)
+        inner: Any = tokenizer if foreign else getattr(tokenizer, "tokenizer", tokenizer)
+        if hasattr(inner, "decode"):
+            return functools.partial(inner.decode, **{"clean_up_tokenization_spaces": False} if foreign else {})
     raise ElrondError(f"ELROND does not know how this CLIP cuts text ({type(wrapper).__name__}).")
 
 
@@ -417,8 +421,9 @@ class HostDenoiser:
         self._planned = 0
         self.footprint: Footprint | None = None
 
-        self.module = guider.inner_model
         self.patchers = [guider.model_patcher, *guider.loaded_models]
+        # Control models take part in the estimate as well.
+        self.module = torch.nn.ModuleList(patcher.model for patcher in self.patchers)
         self.device = guider.model_patcher.load_device
         self.process_out: Callable[[torch.Tensor], torch.Tensor] = guider.inner_model.process_latent_out
 
@@ -444,7 +449,10 @@ class HostDenoiser:
         with self.checkpointing.active() if self.recomputes else contextlib.nullcontext():
             estimate = self._denoised(noisy, sigma, rows)
         self.latest = estimate[:1].detach()
-        if not estimate.requires_grad:
+        if estimate.requires_grad:
+            # Several backward passes through one forward pass take as long as several denoiser calls.
+            estimate.register_hook(lambda _: comfy.model_management.throw_exception_if_processing_interrupted())
+        else:
             raise ElrondError(
                 f"{_name(self._guider.inner_model)} cannot be differentiated at this noise level: its estimate does "
                 "not depend on the concept's rows."
@@ -457,7 +465,7 @@ class HostDenoiser:
             return
         model, manager = self._guider.inner_model, comfy.model_management
         if self.footprint is None:
-            weights = (*model.parameters(), *model.buffers())
+            weights = (*self.module.parameters(), *self.module.buffers())
             self.footprint = footprint(
                 self.checkpointing.blocks,
                 lambda: self._denoised(noisy[:1], sigma, rows[:1]),
@@ -470,9 +478,8 @@ class HostDenoiser:
         kept, least = (passing + len(noisy) * each for each in (self.footprint.plain, self.footprint.checkpointed))
         if manager.get_free_memory(noisy.device) < kept:
             # Other models give way rather than time is spent; this model's own weights only where it must be.
-            models = [self._guider.model_patcher, *self._guider.loaded_models]
-            manager.load_models_gpu(models, memory_required=kept, minimum_memory_required=least)
-            _normal_copies(model)
+            manager.load_models_gpu(self.patchers, memory_required=kept, minimum_memory_required=least)
+            _normal_copies(self.module)
         self.recomputes = self.recomputes or manager.get_free_memory(noisy.device) < kept
 
     def _denoised(self, noisy: torch.Tensor, sigma: float, rows: torch.Tensor) -> torch.Tensor:
@@ -589,14 +596,16 @@ class _Visit(comfy.samplers.Sampler):
         disable_pbar: bool = False,
     ) -> torch.Tensor:
         assert latent_image is not None
-        _normal_copies(model_wrap.inner_model)
         for entries in model_wrap.conds.values():
             for entry in entries:
                 _normal_conditioning(entry)
         options = extra_args["model_options"]
         options.setdefault("transformer_options", {})["optimized_attention_override"] = _attention
-        with _frozen(model_wrap.inner_model), _exact(model_wrap.inner_model):
-            denoiser = HostDenoiser(model_wrap, options, extra_args.get("seed", 0), latent_image, self.words)
+        # The threads that serve further devices record no graph.
+        options.pop("multigpu_clones", None)
+        denoiser = HostDenoiser(model_wrap, options, extra_args.get("seed", 0), latent_image, self.words)
+        _normal_copies(denoiser.module)
+        with _frozen(denoiser.module), _exact(denoiser.module):
             try:
                 self.result = self._run(denoiser, model_wrap.inner_model.process_latent_in(self.latents))
             except (RuntimeError, NotImplementedError) as error:
@@ -624,32 +633,84 @@ def _name(model: Any) -> str:
     return type(model.model_config).__name__
 
 
-# Their kernels return values without a graph, and the gradient through them would silently be lost.
-_INFERENCE_ONLY = ("attention_sage", "attention3_sage", "attention_flash")
+# Other kernels return values without a graph, and the gradient through them would silently be lost.
+_DIFFERENTIABLE = (
+    "attention_basic",
+    "attention_split",
+    "attention_sub_quad",
+    "attention_xformers",
+    "attention_pytorch",
+)
 
 
 def _attention(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Stands in for patches of the attention kernel as well, because there is no telling which have a derivative."""
-    if function.__name__ in _INFERENCE_ONLY:
+    if getattr(function, "__name__", "") not in _DIFFERENTIABLE:
         function = comfy.ldm.modules.attention.attention_pytorch
     return function(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def _exact(module: torch.nn.Module) -> Iterator[None]:
-    """Layers that multiply in 8 bits have no derivative; for the time being they multiply in the model's precision."""
-    linear = getattr(comfy.ops, "fp8_linear", None)
-    quantised: list[Any] = [part for part in module.modules() if getattr(part, "_full_precision_mm", True) is False]
+def _instead(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """For the time being, an attribute has another value; one that this host does not have is left alone."""
+    if not hasattr(owner, name):
+        yield
+        return
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
-        if linear is not None:
-            # The host takes "no result" for "not in 8 bits".
-            comfy.ops.fp8_linear = lambda layer, tensor: None
-        for part in quantised:
-            part._full_precision_mm = True
         yield
     finally:
-        if linear is not None:
-            comfy.ops.fp8_linear = linear
+        setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def _differentiable() -> Iterator[None]:
+    """For the time being, the host computes in ways that have a derivative."""
+    attention = comfy.ldm.modules.attention
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(torch.inference_mode(False))
+        undo.enter_context(torch.no_grad())
+        # Turns fused kernels off.
+        undo.enter_context(_instead(comfy.model_management, "in_training", True))
+        # Replays recorded kernels in recorded memory, without a graph for the backward pass.
+        undo.enter_context(_instead(comfy.cli_args.args, "disable_comfy_compiler", True))
+        lasting = functools.partial(_lasting, comfy.ops.cast_bias_weight)
+        undo.enter_context(_instead(comfy.ops, "cast_bias_weight", lasting))
+        kernel = attention.optimized_attention
+        if getattr(kernel, "__name__", "") not in _DIFFERENTIABLE:
+            # Some models do not ask for overrides.
+            for module in list(sys.modules.values()):
+                for name in ("optimized_attention", "optimized_attention_masked"):
+                    if getattr(module, "__dict__", {}).get(name) is kernel:
+                        undo.enter_context(_instead(module, name, attention.attention_pytorch))
+        yield
+
+
+def _lasting(cast: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """The host's `cast_bias_weight`; what it lends from another device's weights stays as it is for a backward pass."""
+    weight, bias, *rest = cast(layer, *args, **kwargs)
+
+    def kept(lent: Any, stored: Any) -> Any:
+        plain = type(lent) in (torch.Tensor, torch.nn.Parameter)
+        return lent.clone() if plain and lent.device != stored.device else lent
+
+    if torch.is_grad_enabled():
+        weight, bias = kept(weight, layer.weight), kept(bias, layer.bias)
+    return weight, bias, *rest
+
+
+@contextlib.contextmanager
+def _exact(module: torch.nn.Module) -> Iterator[None]:
+    """Layers that multiply in 8 bits have no derivative; for the time being they multiply in the model's precision."""
+    quantised: list[Any] = [part for part in module.modules() if getattr(part, "_full_precision_mm", True) is False]
+    try:
+        for part in quantised:
+            part._full_precision_mm = True
+        # The host takes "no result" for "not in 8 bits".
+        with _instead(comfy.ops, "fp8_linear", lambda layer, tensor: None):
+            yield
+    finally:
         for part in quantised:
             part._full_precision_mm = False
 
@@ -677,7 +738,7 @@ def visit(
         words: whether the denoiser's rows are those of all words of the prompt, the concept's first.
     """
     marked(positive)
-    with torch.inference_mode(False), torch.no_grad(), _training_flag():
+    with _differentiable():
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(_clone(positive), _clone(negative if negative is not None else positive))
         guider.set_cfg(cfg if negative is not None else 1.0)
@@ -739,6 +800,7 @@ def _content(value: Any) -> Any:
         weights[key] = backup.weight.detach()
     for key, backup in value.hook_backup.items():
         weights[key] = backup[0].detach()
+    weights |= getattr(value, "backup_buffers", {})
     for name in {*value.object_patches, *value.object_patches_backup}:
         weights = {key: weight for key, weight in weights.items() if not key.startswith(f"{name}.")}
         if name not in value.object_patches:
@@ -772,9 +834,11 @@ def _normal_conditioning(entry: dict[str, Any]) -> None:
 def _normal_copies(module: torch.nn.Module) -> None:
     """Replace weights that were created in inference mode, one at a time so that memory holds one extra at most."""
     for part in module.modules():
+        # Newer hosts leave these where the file has them, and only ever lend them.
+        lent = ("weight", "bias") if hasattr(part, "_v") else ()
         for name, parameter in part._parameters.items():
-            if parameter is not None and parameter.is_inference():
-                part._parameters[name] = torch.nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            if parameter is not None and parameter.is_inference() and name not in lent:
+                part._parameters[name] = torch.nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.is_inference():
                 part._buffers[name] = buffer.clone()
@@ -791,21 +855,6 @@ def _frozen(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for parameter in changed:
             parameter.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def _training_flag() -> Iterator[None]:
-    """Newer hosts have a flag that turns kernels off which cannot be differentiated."""
-    manager = comfy.model_management
-    if not hasattr(manager, "in_training"):
-        yield
-        return
-    before = manager.in_training
-    manager.in_training = True
-    try:
-        yield
-    finally:
-        manager.in_training = before
 
 
 def output_folder() -> Path:

@@ -6,19 +6,27 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import comfy.cldm.cldm
+import comfy.cli_args
+import comfy.controlnet
+import comfy.model_management
 import comfy.ops
 import comfy.quant_ops
 import comfy.sd
+import numpy as np
 import pytest
 import torch
+from comfy.ldm.modules import attention
 from comfy_extras import nodes_model_advanced
 from comfyui_elrond.elrond_core.checkpointing import SavedTensors
 from comfyui_elrond.elrond_core.errors import ElrondError
 from comfyui_elrond.elrond_core.gradients import collect, gradient
 from comfyui_elrond.elrond_core.provenance import Provenance
 from comfyui_elrond.elrond_core.steering import steer
+from comfyui_elrond.elrond_core.tokens import Concept
 from comfyui_elrond.nodes import host
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -144,6 +152,39 @@ def test_family(family: Family, record_property: Callable[[str, object], None]) 
     assert not torch.equal(picture(family, model, steered(positive, change)), before)
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_other_rows_change_the_gradient_as_the_mathematics_says(family: Family) -> None:
+    """Second derivatives are symmetric: another row changes the concept's gradient as the concept changes its own."""
+    with torch.inference_mode():
+        model, ((encoded, options),) = build(family), prompt(family)
+    mine, other = families.CONCEPT, Concept("other", (1,), ("other",))
+    along = {c: random(len(c.rows), families.WIDTH, seed=c.rows[0]) / families.WIDTH**0.5 for c in (mine, other)}
+
+    def slope(of: Concept, moved: Concept) -> float:
+        """Along the first, of the gradient's part, as the second moves along its own direction."""
+
+        def part(step: float) -> float:
+            rows = steer(encoded, moved.rows, step * along[moved])
+            there = host.mark([[rows, dict(options)]], family.name, "a dog", [of])
+            return float((gradient_of(family, model, there).double() * along[of]).sum())
+
+        return (8 * (part(0.3) - part(-0.3)) - (part(0.6) - part(-0.6))) / 3.6
+
+    # HunyuanDiT's rows hardly act together: what its slopes have is below what single precision can tell.
+    assert slope(mine, other) == pytest.approx(slope(other, mine), rel=5e-3, abs=1e-7)
+
+
+def test_rows_that_are_masked_out_do_not_matter() -> None:
+    family = NAMED["HunyuanDiT"]
+    model, positive = build(family), prompt(family)
+    assert positive[0][1]["attention_mask"][0, -1] == 0
+    ((encoded, options),) = positive
+    masked, seen = (steer(encoded, (row,), torch.ones(1, families.WIDTH)) for row in (families.ROWS - 1, 1))
+    before = gradient_of(family, model, positive)
+    assert torch.equal(gradient_of(family, model, [[masked, options]]), before)
+    assert not torch.allclose(gradient_of(family, model, [[seen, options]]), before, rtol=0.01)
+
+
 @pytest.mark.parametrize(("name", "cell"), [("SDXL", 8), ("Flux.2", 16), ("HunyuanImage 2.1", 32), ("Qwen-Image", 8)])
 def test_empty_latents_have_the_size_asked_for(name: str, cell: int) -> None:
     empty = host.empty_latent(build(NAMED[name]), 512, 256, 3)
@@ -241,6 +282,128 @@ def test_a_patched_attention_kernel_does_not_lose_the_gradient() -> None:
     patched.model_options["transformer_options"]["optimized_attention_override"] = kernel
     assert torch.equal(gradient_of(SD, patched), expected)
     assert patched.model_options["transformer_options"]["optimized_attention_override"] is kernel
+
+
+@pytest.mark.parametrize("family", [SD, NAMED["HunyuanDiT"]], ids=lambda family: family.name)
+def test_an_attention_kernel_of_the_host_does_not_lose_the_gradient(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(family)
+    expected = gradient_of(family, model)
+    usual = attention.optimized_attention
+
+    def attention_sage(*args: Any, **kwargs: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return usual(*args, **kwargs)
+
+    # As the host's own start-up option does it, before its models import the kernel.
+    kernel = attention.wrap_attn(attention_sage)
+    importers = [m for m in list(sys.modules.values()) if m.__dict__.get("optimized_attention") is usual]
+    assert len(importers) > 5
+    for module in importers:
+        monkeypatch.setattr(module, "optimized_attention", kernel)
+    assert torch.equal(gradient_of(family, model), expected)
+    assert all(module.optimized_attention is kernel for module in importers)
+
+
+@pytest.mark.parametrize("family", [SD, FLUX], ids=lambda family: family.name)
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_weights_that_are_lent_in_memory_that_is_used_again(
+    family: Family, recomputes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As hosts newer than that of the tests do where weights do not fit on the device: one buffer for all layers."""
+    model = build(family, operations=comfy.ops.manual_cast)
+
+    def found() -> torch.Tensor:
+        def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> torch.Tensor:
+            denoiser.recomputes = recomputes
+            noise = random(*realizations[:1].shape, seed=5)
+            return gradient(denoiser, realizations[:1], realizations[1:], noise, 1.0)[0]
+
+        return visit(family, model, prompt(family), work)
+
+    expected = found()
+    cast, lent = comfy.ops.cast_bias_weight, []
+    # Raw memory, of which every layer makes tensors of its own: nobody counts how often it is written to.
+    memory = np.empty(2**20, dtype=np.float32)
+
+    def lend(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        found, place = [], 0
+        for weight in cast(layer, *args, **kwargs)[:2]:
+            if weight is not None:
+                memory[place : place + weight.numel()] = weight.flatten().numpy()
+                weight = torch.from_numpy(memory[place : place + weight.numel()]).view(weight.shape)
+                place += weight.numel()
+            found.append(weight)
+        lent.append(layer)
+        return (*found, None)
+
+    class Elsewhere:
+        """A layer whose own weights are on another device."""
+
+        def __init__(self, layer: Any) -> None:
+            self.weight = layer.weight.to("meta")
+            self.bias = None if layer.bias is None else layer.bias.to("meta")
+            self.layer = layer
+
+    lasting = host._lasting
+    monkeypatch.setattr(
+        comfy.ops, "cast_bias_weight", lambda layer, *a, **k: lend(getattr(layer, "layer", layer), *a, **k)
+    )
+    monkeypatch.setattr(host, "_lasting", lambda cast, layer, *a, **k: lasting(cast, Elsewhere(layer), *a, **k))
+    assert torch.equal(found(), expected)
+    assert len(set(lent)) > 20
+    # And this is what it takes.
+    monkeypatch.setattr(host, "_lasting", lambda cast, *a, **k: cast(*a, **k))
+    assert not torch.allclose(found(), expected, rtol=0.1)
+
+
+def test_ways_to_compute_without_a_derivative_are_off_for_the_time_being(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(SD)
+    settings = (
+        (comfy.model_management, "in_training", False, True),
+        (comfy.cli_args.args, "disable_comfy_compiler", False, True),
+    )
+    for owner, name, before, _ in settings:
+        monkeypatch.setattr(owner, name, before, raising=False)
+    cast, linear = comfy.ops.cast_bias_weight, comfy.ops.fp8_linear
+
+    def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> None:
+        for owner, name, _, during in settings:
+            assert getattr(owner, name) is during
+        assert comfy.ops.cast_bias_weight is not cast and comfy.ops.fp8_linear is not linear
+        raise RuntimeError("stop here")
+
+    with pytest.raises(RuntimeError, match="stop here"):
+        visit(SD, model, prompt(SD), work)
+    for owner, name, before, _ in settings:
+        assert getattr(owner, name) is before
+    assert comfy.ops.cast_bias_weight is cast and comfy.ops.fp8_linear is linear
+
+
+def test_settings_that_this_host_does_not_have_stay_away() -> None:
+    owner = SimpleNamespace(there=1)
+    with host._instead(owner, "there", 2), host._instead(owner, "not there", 3):
+        assert vars(owner) == {"there": 2}
+    assert vars(owner) == {"there": 1}
+
+
+def test_a_control_model_takes_part() -> None:
+    model = build(SD)
+    with torch.inference_mode():
+        size = {k: v for k, v in model.model.model_config.unet_config.items() if not k.startswith("out_channels")}
+        network = comfy.cldm.cldm.ControlNet(**size, hint_channels=3, operations=comfy.ops.disable_weight_init)
+        generator = torch.Generator().manual_seed(1)
+        for weight in network.state_dict().values():
+            weight.copy_(torch.randn(weight.shape, generator=generator) / max(weight[0].numel(), 16) ** 0.5)
+        control = comfy.controlnet.ControlNet(network, load_device=torch.device("cpu"))
+        control.set_cond_hint(random(1, 3, 64, 64, seed=14), 1.0)
+        positive = [[t, {**o, "control": control}] for t, o in prompt(SD)]
+    flags = [p.requires_grad for p in network.parameters()]
+    assert error_of(SD, model, positive) < 1e-3
+    assert_view_is_the_sampler(SD, model, positive)
+    assert not torch.allclose(gradient_of(SD, model, positive), gradient_of(SD, model), rtol=0.1)
+    assert [p.requires_grad for p in network.parameters()] == flags
 
 
 class _OneWay(torch.autograd.Function):

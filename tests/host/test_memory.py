@@ -100,6 +100,34 @@ def test_room_is_made_by_need() -> None:
     assert visit(SD, model, work) == [False, True]
 
 
+def test_the_host_is_told_how_much_room_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(SD)
+    asked: list[tuple[int, int]] = []
+    load = comfy.model_management.load_models_gpu
+
+    def watch(
+        models: Any, memory_required: int = 0, minimum_memory_required: int | None = None, **options: Any
+    ) -> None:
+        assert minimum_memory_required is not None and [each.model for each in models] == [model.model]
+        asked.append((memory_required, minimum_memory_required))
+        load(models, memory_required=memory_required, minimum_memory_required=minimum_memory_required, **options)
+
+    def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> tuple[int, int, int]:
+        rows = denoiser.rows.expand(2, -1, -1).clone().requires_grad_(True)
+        with monkeypatch.context() as patch:
+            patch.setattr(comfy.model_management, "load_models_gpu", watch)
+            patch.setattr(comfy.model_management, "get_free_memory", lambda *_: 1)
+            denoiser.make_room(realizations, 1.0, rows)
+            # What there was room for needs no more.
+            denoiser.make_room(realizations[:1], 1.0, rows[:1])
+        assert denoiser.recomputes
+        passing = model.model.memory_required(list(realizations.shape))
+        return passing, denoiser.footprint.plain, denoiser.footprint.checkpointed
+
+    passing, plain, checkpointed = visit(SD, model, work)
+    assert asked == [(passing + 2 * plain, passing + 2 * checkpointed)]
+
+
 def test_the_host_makes_room_for_one_realization_at_first() -> None:
     model = build(SD).clone()
     shapes: list[tuple[int, ...]] = []

@@ -105,6 +105,30 @@ class Gradients:
             response_sigma=None if self.response_sigma is None else self.response_sigma[heard],
         )
 
+    def of_row(self, row: int) -> Gradients:
+        """Only the gradients, and responses, of one of the concept's rows, (N, 1, d); 0 is the first.
+
+        Raises:
+            ElrondError: if there is no such row.
+        """
+        count = self.vectors.shape[1]
+        if not 0 <= row < count:
+            raise ElrondError(f"The concept has {count} rows, and no row {row + 1}.")
+        here = slice(row, row + 1)
+        return replace(
+            self,
+            vectors=self.vectors[:, here],
+            response=self.response[:, here],
+            provenance=self.provenance.with_(rows=self.provenance.rows[here], tokens=self.provenance.tokens[here]),
+        )
+
+    def of_rows_alike(self) -> Gradients:
+        """Gradients, and responses, of moving all rows of the concept alike, (N, 1, d).
+
+        They are the sums over the rows, and so point where the means do; a direction over one row moves several alike.
+        """
+        return replace(self, vectors=self.vectors.sum(1, keepdim=True), response=self.response.sum(1, keepdim=True))
+
     def normalised(self) -> Gradients:
         """Gradients, and responses, divided by the root mean square length of their noise level's gradients.
 

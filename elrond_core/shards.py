@@ -80,7 +80,7 @@ class Shards:
         except OSError as error:
             if not self._complained:
                 self._warn(
-                    f"Finished work cannot be kept in {self._folder} ({error.strerror or error}): collecting goes on, "
+                    f"Finished work cannot be kept in {self._folder} ({error.strerror or error}): the work goes on, "
                     "but if it is interrupted it starts from the last batch that was kept."
                 )
             self._complained = True
@@ -113,7 +113,7 @@ class Shards:
             except Exception:  # The library raises its own, undocumented types.
                 good = False
             if not good:
-                self._warn(f"{path.name} in {self._folder} is damaged: its gradients are collected again.")
+                self._warn(f"{path.name} in {self._folder} is damaged: what it held is done again.")
                 continue
             numbers = set()
             for name, tensor in tensors.items():
@@ -129,7 +129,7 @@ class Shards:
         for name in sorted(tensors):
             tensor = tensors[name]
             summed.update(f"{name}/{tensor.dtype}/{tuple(tensor.shape)}/".encode())
-            summed.update(tensor.contiguous().numpy().tobytes())
+            summed.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return summed.hexdigest()
 
 

@@ -42,6 +42,16 @@ class Concept:
     rows: tuple[int, ...]
     tokens: tuple[str, ...]
 
+    def only(self, row: int) -> Concept:
+        """One of its rows by itself; 0 is the first.
+
+        Raises:
+            ElrondError: if there is no such row.
+        """
+        if not 0 <= row < len(self.rows):
+            raise ElrondError(f"The concept {self.word!r} has {len(self.rows)} rows, and no row {row + 1}.")
+        return replace(self, rows=self.rows[row : row + 1], tokens=self.tokens[row : row + 1])
+
     def shifted(self, by: int) -> Concept:
         """The same concept where the conditioning has `by` rows more before it."""
         return replace(self, rows=tuple(row + by for row in self.rows))
@@ -75,8 +85,8 @@ def bracketed(prompt: str) -> tuple[str, list[tuple[str, int]]]:
 def find_concept(pieces: list[Piece], word: str, occurrence: int = 0) -> Concept:
     """The rows of a concept's words.
 
-    All rows of the concept are one place to the gradient: they are differentiated and decomposed jointly, as one long
-    vector, because a word of several pieces has no row that stands for it alone.
+    All rows of the concept are one place to the gradient: unless told otherwise they are differentiated and decomposed
+    jointly, as one long vector, because a word of several pieces has no row that stands for it alone.
 
     Args:
         pieces: the prompt's tokens in order; a concept has rows in every stream of them.

@@ -42,6 +42,15 @@ class EncodeConcept(io.ComfyNode):
                     max=100,
                     tooltip="Which one, if the prompt has the concept word more than once. Brackets say it themselves.",
                 ),
+                io.Int.Input(
+                    "row",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    optional=True,
+                    tooltip="For words that are cut into several tokens: 0 marks all their rows, 1 only the first, 2 "
+                    "the second.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="conditioning", tooltip="The prompt, with the concept marked."),
@@ -50,7 +59,7 @@ class EncodeConcept(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip: object, prompt: str, concept: str, occurrence: int) -> io.NodeOutput:
+    def execute(cls, clip: object, prompt: str, concept: str, occurrence: int, row: int = 0) -> io.NodeOutput:
         """Encode and mark."""
         if clip is None:
             raise ElrondError("The CLIP input is empty: this checkpoint has no text encoder; load one separately.")
@@ -61,6 +70,8 @@ class EncodeConcept(io.ComfyNode):
             raise ElrondError("Name the concept: put its word in [brackets] in the prompt, or in the concept field.")
         pieces, length = host.pieces_of(clip, plain)
         found = [find_concept(pieces, word, which) for word, which in wanted]
+        if row:
+            found = [c.only(row - 1) for c in found]
         conditioning = host.encode(clip, plain)
         # An encoder that drops a chat template from the front returns fewer rows than tokens.
         dropped = length - conditioning[0][0].shape[1]

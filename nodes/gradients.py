@@ -238,8 +238,11 @@ def _levels(text: str) -> list[float]:
     return levels
 
 
+_JOINTLY, _MEAN, _SINGLE = "jointly", "mean", "single"
+
+
 class SelectGradients(io.ComfyNode):
-    """Gradients of one noise level, or of all with an equal say."""
+    """Gradients of one noise level, or of all with an equal say; of all rows, their mean, or one."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -248,7 +251,8 @@ class SelectGradients(io.ComfyNode):
             node_id="ElrondSelectGradients",
             display_name="Select Gradients (ELROND)",
             category="ELROND",
-            description="Takes the gradients of one noise level out of several, or gives every level the same say.",
+            description="Takes the gradients of one noise level out of several, or gives every level the same say; of "
+            "a concept of several tokens, takes all rows, their mean, or one.",
             inputs=[
                 GradientsIO.Input("gradients", tooltip="From Collect Gradients or Load Gradients."),
                 io.Int.Input(
@@ -264,6 +268,15 @@ class SelectGradients(io.ComfyNode):
                     tooltip="Divide each level's gradients by their root mean square length. Without it the highest "
                     "level decides the pooled directions, because its gradients are the longest.",
                 ),
+                io.Combo.Input(
+                    "rows",
+                    options=[_JOINTLY, _MEAN, _SINGLE],
+                    default=_JOINTLY,
+                    optional=True,
+                    tooltip="For words of several tokens. jointly: a direction moves each row its own way. mean: it "
+                    "moves all rows alike. single: it moves one row, that of the next field.",
+                ),
+                io.Int.Input("row", default=1, min=1, max=1000, optional=True, tooltip="With single: which row."),
             ],
             outputs=[
                 GradientsIO.Output(display_name="gradients", tooltip="For Fit PCA, Train SAE, Estimate LID."),
@@ -272,8 +285,14 @@ class SelectGradients(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, gradients: Gradients, level: int, normalise: bool) -> io.NodeOutput:
+    def execute(
+        cls, gradients: Gradients, level: int, normalise: bool, rows: str = _JOINTLY, row: int = 1
+    ) -> io.NodeOutput:
         """Select."""
+        if rows == _MEAN:
+            gradients = gradients.of_rows_alike()
+        elif rows == _SINGLE:
+            gradients = gradients.of_row(row - 1)
         levels = gradients.levels
         if level > len(levels):
             raise ElrondError(f"There are {len(levels)} noise levels, and no level {level}.")

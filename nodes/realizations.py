@@ -80,14 +80,23 @@ class SampleRealizations(io.ComfyNode):
         # Said now, not by Collect Gradients after all images are made.
         host.marked(positive)
         check_guidance(cfg, negative is not None)
+        # Sampled again, they might differ in the last bit, and no collection from them could go on.
+        settings = (width, height, count, batch_size, seed, steps, cfg, sampler_name, scheduler)
+        shards = host.open_shards(model, positive, negative, "realizations", settings)
         update = host.progress(count)
         done = []
-        for first in range(0, count, batch_size):
-            latents = host.empty_latent(model, width, height, min(batch_size, count - first))
-            done.append(
-                host.sample(model, positive, negative, latents, first, seed, steps, cfg, sampler_name, scheduler).cpu()
-            )
-            update(first + len(latents))
+        for number, first in enumerate(range(0, count, batch_size)):
+            kept = shards.get(number) if shards is not None else None
+            if kept is None:
+                empty = host.empty_latent(model, width, height, min(batch_size, count - first))
+                latents = host.sample(
+                    model, positive, negative, empty, first, seed, steps, cfg, sampler_name, scheduler
+                )
+                kept = {"samples": latents.cpu().contiguous()}
+                if shards is not None:
+                    shards.put(number, kept)
+            done.append(kept["samples"])
+            update(first + len(done[-1]))
         return io.NodeOutput({"samples": torch.cat(done)})
 
 

@@ -1,5 +1,7 @@
 """Collecting gradients, on a small network: against finite differences, over batch sizes, seeds, and in use."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -267,6 +269,30 @@ def test_levels_apart_and_together(realizations: torch.Tensor) -> None:
         found.at_levels([0.5])
     nothing = levels(realizations, response=False)
     assert len(nothing.at_levels([nothing.levels[0]]).response) == len(nothing.normalised().response) == 0
+
+
+def test_rows_by_themselves_and_all_alike(realizations: torch.Tensor) -> None:
+    found, model, step = levels(realizations), Network(), 1e-4
+    found = replace(found, provenance=found.provenance.with_(rows=(4, 5), tokens=("chiaro", "scuro")))
+    second, alike = found.of_row(1), found.of_rows_alike()
+    assert torch.equal(second.vectors, found.vectors[:, 1:]) and torch.equal(second.response, found.response[:, 1:])
+    assert (second.provenance.rows, second.provenance.tokens) == ((5,), ("scuro",))
+    assert alike.provenance == found.provenance and alike.vectors.shape == (23, 1, WIDTH)
+    noise, probe = (normal(SHAPE, 3, purpose, [0]) for purpose in ("noise", "probe"))
+    noisy = model.noised(realizations[found.sources[0]][None], noise, 0.9)
+    target = realizations[found.targets[0]][None].double()
+    for column in range(WIDTH):
+        # Every row takes the same step.
+        nudge = torch.zeros(1, 1, WIDTH, dtype=torch.float64)
+        nudge[..., column] = step
+        up, down = (model.denoised(noisy, 0.9, model.rows.double() + sign * nudge) for sign in (1, -1))
+        slope = float((up - target).square().mean() - (down - target).square().mean()) / (2 * step)
+        assert float(alike.vectors[0, 0, column]) == pytest.approx(slope, rel=1e-4, abs=1e-8)
+        answer = 2 / 32 * float(((up - down) * probe).sum()) / (2 * step)
+        assert float(alike.response[0, 0, column]) == pytest.approx(answer, rel=1e-4, abs=1e-8)
+    for row in (2, -1):
+        with pytest.raises(ElrondError, match="has 2 rows, and no row"):
+            found.of_row(row)
 
 
 def test_the_common_gradient_is_removed(realizations: torch.Tensor) -> None:

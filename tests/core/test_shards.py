@@ -135,6 +135,16 @@ def test_a_damaged_shard_is_collected_again(
     assert run(tmp_path)[1] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int64])
+def test_any_type_is_kept(tmp_path: Path, dtype: torch.dtype) -> None:
+    batch = {"samples": torch.arange(6).view(2, 3).to(dtype), "one": torch.tensor(1, dtype=dtype)}
+    Shards(tmp_path, "ab", pytest.fail).put(0, batch)
+    kept = Shards(tmp_path, "ab", pytest.fail).get(0)
+    assert kept is not None
+    for name, tensor in batch.items():
+        assert kept[name].dtype == dtype and torch.equal(kept[name], tensor)
+
+
 def test_every_flipped_bit_is_found_or_harmless(tmp_path: Path) -> None:
     vectors = torch.randn(2, 1, 3)
     Shards(tmp_path, "ab", pytest.fail).put(5, {"vectors": vectors})
@@ -183,7 +193,7 @@ def test_a_disk_that_refuses_is_said_once_and_loses_nothing(
     with full_disk() if reason == "full disk" else read_only(tmp_path):
         found, calls = run(tmp_path, said.append)
     assert calls == 150
-    assert len(said) == 1 and "cannot be kept" in said[0] and "collecting goes on" in said[0]
+    assert len(said) == 1 and "cannot be kept" in said[0] and "the work goes on" in said[0]
     same(found, uninterrupted)
     assert not [path for path in files(tmp_path) if path.is_file()]
     # Once there is room again, as before.

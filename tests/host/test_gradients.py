@@ -23,6 +23,10 @@ import torch
 from comfyui_elrond.elrond_core.errors import ElrondError
 from comfyui_elrond.elrond_core.gradients import gradient
 from comfyui_elrond.nodes import host
+
+# isort: split
+sys.path.append(str(Path(__file__).parent))
+
 from sampling import sample
 
 ROOT = Path(__file__).parents[2]
@@ -373,6 +377,112 @@ def test_what_all_words_have_in_common_is_removed(nodes: dict[str, Any], teacher
     alone = SimpleNamespace(**{**vars(here), "positive": positive("[ball]")})
     with pytest.raises(ElrondError, match="no words beside the concept"):
         collect(nodes, alone, remove_common=True)
+
+
+def test_rows_of_a_concept_jointly_alike_or_alone(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
+    def positive(row: int) -> Any:
+        with torch.inference_mode():
+            return nodes["ElrondEncodeConcept"].execute(teacher.clip, "a [red ball]", "", 1, row).args[0]
+
+    here = SimpleNamespace(**{**vars(teacher), "realizations": LATENTS, "positive": positive(0)})
+    select = nodes["ElrondSelectGradients"].execute
+    jointly = collect(nodes, here)
+    assert jointly.vectors.shape[1] == 2
+    assert torch.equal(select(jointly, 0, False).args[0].vectors, jointly.vectors)
+    for row in (1, 2):
+        alone = collect(nodes, SimpleNamespace(**{**vars(here), "positive": positive(row)}))
+        chosen = select(jointly, 0, False, "single", row).args[0]
+        assert chosen.provenance.rows == alone.provenance.rows and chosen.provenance.tokens == alone.provenance.tokens
+        for name in ("vectors", "response"):
+            torch.testing.assert_close(getattr(chosen, name), getattr(alone, name), rtol=1e-4, atol=1e-7)
+    assert torch.equal(select(jointly, 0, False, "mean").args[0].vectors, jointly.vectors.sum(1, keepdim=True))
+    with pytest.raises(ElrondError, match="has 2 rows, and no row 3"):
+        select(jointly, 0, False, "single", 3)
+
+
+def test_realizations_that_were_interrupted_go_on(
+    nodes: dict[str, Any], teacher: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled: list[int] = []
+    usual = host.sample
+
+    def sample(model: Any, positive: Any, negative: Any, latents: Any, first: int, *settings: Any) -> torch.Tensor:
+        if len(sampled) == 2:
+            comfy.model_management.interrupt_current_processing()
+        sampled.append(first)
+        return usual(model, positive, negative, latents, first, *settings)
+
+    def run(seed: int = 4) -> torch.Tensor:
+        with torch.inference_mode():
+            settings = (teacher.positive, 64, 64, 7, 2, seed, 2, 1.0, "euler", "simple")
+            return nodes["ElrondSampleRealizations"].execute(teacher.model, *settings).args[0]["samples"]
+
+    expected = run()
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    monkeypatch.setattr(host, "sample", sample)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        run()
+    found = run()
+    assert sampled == [0, 2, 4, 4, 6]
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    assert torch.equal(run(), expected) and len(sampled) == 5
+    assert not torch.allclose(run(seed=5), expected) and len(sampled) == 9
+
+
+def test_cancelling_stops_between_backward_passes(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
+    layer = teacher.model.model.diffusion_model.out[2]
+    passes: list[int] = []
+
+    def watch(_: Any, args: Any, out: torch.Tensor) -> None:
+        if out.requires_grad:
+            out.register_hook(cancel)
+
+    def cancel(_: torch.Tensor) -> None:
+        passes.append(1)
+        comfy.model_management.interrupt_current_processing()
+
+    handle = layer.register_forward_hook(watch)
+    try:
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            collect(nodes, teacher, seed=79, targets_per_realization=6)
+    finally:
+        handle.remove()
+        comfy.model_management.interrupt_current_processing(False)
+    assert len(passes) == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_memory_afterwards_is_as_before(nodes: dict[str, Any], teacher: SimpleNamespace, fails: bool) -> None:
+    def held() -> int:
+        gc.collect()
+        # Some objects of the host cannot be asked what they are.
+        tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    def watch(out: torch.Tensor) -> None:
+        if out.requires_grad:
+            out.register_hook(stop)
+
+    def stop(_: torch.Tensor) -> None:
+        raise RuntimeError("stop here")
+
+    def run(seed: int) -> None:
+        if not fails:
+            collect(nodes, teacher, seed=seed)
+            return
+        layer = teacher.model.model.diffusion_model.out[2]
+        handle = layer.register_forward_hook(lambda _, args, out: watch(out))
+        try:
+            with pytest.raises(RuntimeError, match="stop here"):
+                collect(nodes, teacher, seed=seed)
+        finally:
+            handle.remove()
+
+    # What is made once, such as the factors of checksums.
+    run(80 + 2 * fails)
+    before = held()
+    run(81 + 2 * fails)
+    assert held() == before
 
 
 def test_cancelling_takes_one_call_and_leaves_nothing_behind(

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.sd
@@ -27,7 +28,7 @@ import safetensors.torch
 import torch
 import transformers
 from comfyui_elrond.elrond_core.errors import ElrondError
-from comfyui_elrond.elrond_core.tokens import occurrences
+from comfyui_elrond.elrond_core.tokens import Concept, occurrences
 from comfyui_elrond.nodes import host
 from comfyui_elrond.nodes.concept import EncodeConcept
 
@@ -242,6 +243,19 @@ def test_a_word_of_several_pieces_has_their_rows(family: str) -> None:
         assert rows == list(range(rows[0], rows[0] + len(rows)))
 
 
+def test_one_of_several_rows(family: str) -> None:
+    whole = encode(load(family), "a [chiaroscuro] dog")[1]
+
+    def row(number: int) -> Any:
+        marked = EncodeConcept.execute(load(family), "a [chiaroscuro] dog", "", 1, number).args[0]
+        return host.marked(marked)[1]["concepts"][0]
+
+    for place in range(len(whole.rows)):
+        assert row(place + 1) == Concept("chiaroscuro", whole.rows[place : place + 1], whole.tokens[place : place + 1])
+    with pytest.raises(ElrondError, match=f"'chiaroscuro' has {len(whole.rows)} rows, and no row 99"):
+        row(99)
+
+
 def test_a_repeated_word_is_the_first_unless_asked(family: str) -> None:
     first = encode(load(family), "a dog, a cat, a dog", "dog")[1]
     second = encode(load(family), "a dog, a cat, a dog", "dog", 2)[1]
@@ -320,6 +334,24 @@ def test_sd3_without_one_of_its_encoders(clips: bool, t5: bool, monkeypatch: pyt
     encoded, found = encode(made, "a photo of a [dog] in the park")
     assert len(found.rows) == 1
     assert_rows("SD3", encoded, encode(made, "a photo of a [cat] in the park")[0], found.rows)
+
+
+def test_tokenizers_of_newer_hosts() -> None:
+    class Plain:
+        def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+            return " ".join(f"<{token}>" for token in token_ids)
+
+    class Wrapper:
+        tokenizer = Plain()
+
+        def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
+            raise AssertionError("It leaves tokens out.")
+
+    for own in (Plain(), Wrapper()):
+        wrapper = SimpleNamespace(clip="clip_x", clip_x=SimpleNamespace(tokenizer=own))
+        assert host._decoder(wrapper, "x")([1, 2]) == "<1> <2>"
+    with pytest.raises(ElrondError, match="does not know how this CLIP cuts text"):
+        host._decoder(SimpleNamespace(clip_x=SimpleNamespace(tokenizer=object())), "x")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from PIL import Image
 
 FOLDER = Path(__file__).parents[1] / "workflows"
 NAMES = ("complexity", "discover", "diversify", "steer")
@@ -129,6 +130,15 @@ def test_every_workflow_comes_in_both_formats() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_every_workflow_has_a_picture(name: str) -> None:
+    """Where the template browser looks for it, and in the folder's own page."""
+    with Image.open(FOLDER / f"{name}.jpg") as picture:
+        assert picture.format == "JPEG" and 300 <= picture.width <= 1200
+    assert (FOLDER / f"{name}.jpg").stat().st_size < 200_000
+    assert f"({name}.jpg)" in (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_both_formats_are_the_same_graph(name: str, schemas: dict[str, Schema]) -> None:
     assert to_api(ui(name), schemas) == api(name)
 
@@ -209,7 +219,7 @@ def test_the_layout_is_readable(name: str) -> None:
     for node in graph["nodes"]:
         box = boxes[node["id"]]
         assert not any(overlaps(box, other) for key, other in boxes.items() if key != node["id"]), node["type"]
-        holders = [group for group in groups if contains(group, box)]
+        holders = [group for group in groups if contains(group, widened(box))]
         assert len(holders) == (0 if node["type"] in NOTES else 1), node["type"]
     assert not any(overlaps(a, b) for i, a in enumerate(groups) for b in groups[:i])
     positions = {node["id"]: node["pos"] for node in graph["nodes"]}
@@ -221,6 +231,11 @@ def test_the_layout_is_readable(name: str) -> None:
 
 def overlaps(a: Any, b: Any) -> bool:
     return a[0] < b[0] + b[2] and b[0] < a[0] + a[2] and a[1] < b[1] + b[3] and b[1] < a[1] + a[3]
+
+
+def widened(box: Any, margin: int = 10) -> Any:
+    x, y, width, height = box
+    return x - margin, y - margin, width + 2 * margin, height + 2 * margin
 
 
 def contains(outer: Any, inner: Any) -> bool:

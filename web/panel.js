@@ -8,8 +8,9 @@ import { app } from "../../scripts/app.js";
 const LOAD = "ElrondLoadDirections";
 const APPLY = "ElrondApplyDirection";
 const CLOSED_HEIGHT = 34;
-const ROW_HEIGHT = 34;
-const MOST_ROWS = 8;
+const LEAST_WIDTH = 360;
+const LINE_HEIGHT = 24;
+const MOST_ROWS = 6;
 const panels = new Set();
 
 const STYLE = `
@@ -23,18 +24,21 @@ const STYLE = `
 .elrond-panel :focus-visible { outline: 2px solid var(--p-primary-color, #3b82f6); outline-offset: -1px; }
 .elrond-panel .elrond-head { text-align: left; flex: none; overflow: hidden; text-overflow: ellipsis; }
 .elrond-panel .elrond-bar { display: flex; gap: 4px; align-items: center; flex: none; }
-.elrond-panel .elrond-bar input[type="number"] { width: 52px; }
+.elrond-panel input[type="number"] { width: 58px; box-sizing: border-box; }
 .elrond-panel .elrond-bar label { display: flex; gap: 4px; align-items: center; margin-left: auto; }
 .elrond-panel ::placeholder { color: inherit; opacity: 0.8; }
 .elrond-panel ul { list-style: none; margin: 0; padding: 0; overflow: auto; flex: 1; min-height: 0; }
-.elrond-panel li { display: flex; gap: 5px; align-items: center; height: ${ROW_HEIGHT - 2}px; margin-bottom: 2px; }
+.elrond-panel li { display: flex; gap: 6px; align-items: center; padding: 2px 0; }
+.elrond-panel li + li { border-top: 1px solid var(--border-color, #4e4e4e); }
+.elrond-panel .elrond-lines { flex: 1; min-width: 0; }
+.elrond-panel .elrond-line { display: flex; gap: 5px; align-items: center; height: ${LINE_HEIGHT}px; }
 .elrond-panel li input[type="text"] { flex: 1 1 70px; }
-.elrond-panel li input[type="range"] { flex: 1 1 80px; min-width: 50px; accent-color: var(--p-primary-color, #3b82f6); }
-.elrond-panel li output { width: 38px; text-align: right; font-variant-numeric: tabular-nums; }
+.elrond-panel li input[type="range"] { flex: 1 1 50px; min-width: 40px; accent-color: var(--p-primary-color, #3b82f6); }
 .elrond-panel .elrond-index { width: 20px; text-align: right; }
-.elrond-panel .elrond-score { font-variant-numeric: tabular-nums; }
-.elrond-panel .elrond-star { border: none; background: none; padding: 0 2px; font-size: 15px; }
-.elrond-panel img { height: 30px; border-radius: 3px; }
+.elrond-panel .elrond-index, .elrond-panel .elrond-score { font-variant-numeric: tabular-nums; }
+.elrond-panel .elrond-star, .elrond-panel .elrond-more { border: none; background: none; padding: 0 3px; }
+.elrond-panel .elrond-star { font-size: 15px; }
+.elrond-panel img { border-radius: 3px; }
 .elrond-panel [role="status"] { flex: none; }
 .elrond-panel [hidden] { display: none; }
 `;
@@ -119,8 +123,17 @@ class Panel {
 
   height() {
     if (!this.kept.open) return CLOSED_HEIGHT;
-    const rows = this.file ? this.file.directions.length : 0;
-    return CLOSED_HEIGHT + 52 + ROW_HEIGHT * Math.max(1, Math.min(rows, MOST_ROWS));
+    const rows = Math.max(1, Math.min(this.file ? this.file.directions.length : 0, MOST_ROWS));
+    return CLOSED_HEIGHT + 52 + rows * this.rowHeight;
+  }
+
+  get rowHeight() {
+    return (this.steers ? 2 : 1) * LINE_HEIGHT + 5;
+  }
+
+  /** Whether the strengths come from another node, so that nothing written here would count. */
+  get wired() {
+    return this.node.inputs?.find((input) => input.name === "strengths")?.link != null;
   }
 
   build() {
@@ -130,19 +143,9 @@ class Panel {
     this.starred = make("input", { type: "checkbox", onchange: () => this.draw() });
     this.bar = make("div", { className: "elrond-bar" });
     if (this.steers) {
-      const range = (name, label) =>
-        make("input", {
-          type: "number",
-          step: "any",
-          title: label,
-          "aria-label": label,
-          onchange: (event) => this.setRange(name, event.target),
-        });
-      this.lowest = range("lowest", "Lowest strength of the sliders");
-      this.highest = range("highest", "Highest strength of the sliders");
+      this.ends = this.makeEnds("the sliders");
       this.bar.append(
-        this.lowest,
-        this.highest,
+        ...this.ends,
         make("button", {
           type: "button",
           textContent: "Randomise",
@@ -174,6 +177,15 @@ class Panel {
     });
     this.root.addEventListener("pointerdown", (event) => event.stopPropagation());
     this.list.addEventListener("wheel", (event) => event.stopPropagation());
+  }
+
+  /** Two fields for the lowest and the highest strength of one slider, or of all that have none of their own. */
+  makeEnds(whose, index) {
+    return ["Lowest", "Highest"].map((end, place) => {
+      const label = `${end} strength of ${whose}`;
+      const onchange = (event) => this.setRange(place, event.target.valueAsNumber, index);
+      return make("input", { type: "number", step: "any", title: label, "aria-label": label, onchange });
+    });
   }
 
   listen() {
@@ -220,7 +232,7 @@ class Panel {
     try {
       if (anew && loader) widgetOf(loader, "name").options.values = (await ask("/elrond/files")).names;
       if (name) file = await ask(`/elrond/directions?name=${encodeURIComponent(name)}`);
-      else said = this.steers ? "Connect Load Directions to see its directions here." : "No file yet.";
+      else said = this.steers ? "Connect Load Directions itself to see its directions here." : "No file yet.";
     } catch (error) {
       said = error.message;
     }
@@ -233,6 +245,7 @@ class Panel {
 
   toggle() {
     this.kept.open = !this.kept.open;
+    if (this.kept.open) this.node.setSize([Math.max(this.node.size[0], LEAST_WIDTH), this.node.size[1]]);
     this.draw();
     this.fit(true);
     if (this.kept.open) this.refresh(true);
@@ -245,17 +258,26 @@ class Panel {
     this.node.setDirtyCanvas?.(true, true);
   }
 
-  range() {
+  /** Both ends of a slider, or of all that have none of their own. */
+  range(index) {
     const reach = widgetOf(this.node, "unit")?.value === "absolute" ? 60 : 1;
-    return [this.kept.lowest ?? -reach, this.kept.highest ?? reach];
+    return [...(this.kept.ranges?.[index] ?? this.kept.range ?? [-reach, reach])];
   }
 
-  setRange(name, input) {
-    const value = input.valueAsNumber;
-    const [lowest, highest] = this.range();
-    const good = name === "lowest" ? value < highest : value > lowest;
-    if (good) this.kept[name] = value;
+  /** Where a slider that is off stands: where it was left, or as near to 0 as it goes. */
+  rest(index) {
+    const [lowest, highest] = this.range(index);
+    return this.kept.values?.[index] ?? Math.min(Math.max(0, lowest), highest);
+  }
+
+  setRange(place, value, index) {
+    const range = this.range(index);
+    range[place] = value;
+    const good = range[0] < range[1];
+    if (good && index === undefined) this.kept.range = range;
+    else if (good) this.kept.ranges = { ...this.kept.ranges, [index]: range };
     this.draw(good ? "" : "The lowest strength must be below the highest.");
+    this.node.graph?.change?.();
   }
 
   /** Write strengths to the node's widget; all else follows from it. */
@@ -268,10 +290,13 @@ class Panel {
   }
 
   randomise() {
-    const [lowest, highest] = this.range();
     const chosen = [...parse(this.strengths.value).keys()];
     if (!chosen.length) return this.draw("Switch on the directions to randomise first.");
-    this.write(new Map(chosen.map((index) => [index, round(lowest + (highest - lowest) * Math.random())])));
+    const drawn = (index) => {
+      const [lowest, highest] = this.range(index);
+      return round(lowest + (highest - lowest) * Math.random());
+    };
+    this.write(new Map(chosen.map((index) => [index, drawn(index)])));
   }
 
   async keep(change) {
@@ -292,11 +317,12 @@ class Panel {
     for (const part of [this.bar, this.list, this.status]) part.hidden = !open;
     if (!open) return;
     const on = this.steers ? parse(this.strengths?.value) : new Map();
-    if (this.steers) [this.lowest.value, this.highest.value] = this.range();
+    if (this.steers) this.range().forEach((end, place) => (this.ends[place].value = end));
     const some = (this.file?.directions ?? []).filter((entry) => entry.star || !this.starred.checked);
     this.arrange(some, on);
     const beyond = count === undefined ? [] : [...on.keys()].filter((index) => index >= count);
     if (!said && beyond.length) said = `This file has no direction ${beyond.join(", ")}.`;
+    if (!said && this.wired) said = "The strengths come from another node, so the sliders are off.";
     if (!said && this.steers && count && !on.size) said = "No slider is on: index and strength are used.";
     this.status.textContent = said;
     this.status.title = said;
@@ -317,15 +343,13 @@ class Panel {
 
   row(index) {
     const parts = {};
-    if (this.steers) {
-      parts.on = make("input", { type: "checkbox", onchange: (event) => this.switch(index, event.target.checked) });
-    }
     parts.star = make("button", {
       type: "button",
       className: "elrond-star",
       onclick: () => this.keep({ index, star: !this.file.directions[index].star }),
     });
-    parts.picture = make("img", { alt: "" });
+    const height = this.rowHeight - 5;
+    parts.picture = make("img", { height, title: "Lowest, middle and highest strength of the last Direction Sweep" });
     parts.label = make("input", {
       type: "text",
       maxLength: 100,
@@ -333,12 +357,26 @@ class Panel {
       onchange: (event) => this.keep({ index, label: event.target.value.trim() }),
     });
     parts.score = make("span", { className: "elrond-score" });
-    if (this.steers) {
-      parts.slider = make("input", { type: "range", oninput: (event) => this.slide(index, event.target.valueAsNumber) });
-      parts.value = make("output");
-    }
     const number = make("span", { className: "elrond-index", textContent: index });
-    const row = make("li", {}, number, ...Object.values(parts));
+    const line = (...children) => make("div", { className: "elrond-line" }, ...children);
+    const lines = [line(number, parts.star, parts.label, parts.score)];
+    if (this.steers) {
+      const slide = (event) => this.slide(index, event.target.valueAsNumber);
+      parts.on = make("input", { type: "checkbox", onchange: (event) => this.switch(index, event.target.checked) });
+      parts.slider = make("input", { type: "range", oninput: slide });
+      parts.value = make("input", { type: "number", step: "any", onchange: slide });
+      parts.more = make("button", { type: "button", className: "elrond-more", textContent: "⋯" });
+      parts.ends = this.makeEnds(`direction ${index}`, index);
+      const own = line("ends ", ...parts.ends);
+      own.hidden = true;
+      parts.more.onclick = () => {
+        own.hidden = !own.hidden;
+        parts.more.setAttribute("aria-expanded", String(!own.hidden));
+      };
+      parts.more.setAttribute("aria-expanded", "false");
+      lines.push(line(parts.on, parts.slider, parts.value, parts.more), own);
+    }
+    const row = make("li", {}, parts.picture, make("div", { className: "elrond-lines" }, ...lines));
     row.dataset.index = index;
     row.parts = parts;
     return row;
@@ -351,6 +389,7 @@ class Panel {
     parts.star.setAttribute("aria-pressed", String(star));
     parts.star.setAttribute("aria-label", `Star ${title}`);
     parts.picture.hidden = !thumbnail;
+    parts.picture.alt = `What ${title} does`;
     const address = thumbnail ? api.apiURL(thumbnail) : "";
     if (thumbnail && parts.picture.getAttribute("src") !== address) parts.picture.src = address;
     if (document.activeElement !== parts.label) parts.label.value = label;
@@ -358,19 +397,24 @@ class Panel {
     parts.score.textContent = score.toPrecision(2);
     parts.score.title = `${this.file.score_name} ${score}`;
     if (!this.steers) return;
-    const [lowest, highest] = this.range();
-    const value = on.get(index) ?? this.kept.values?.[index] ?? Math.min(Math.max(0, lowest), highest);
+    const [lowest, highest] = this.range(index);
+    const value = on.get(index) ?? this.rest(index);
     parts.on.checked = on.has(index);
     parts.on.setAttribute("aria-label", `Use ${title}`);
     Object.assign(parts.slider, { min: lowest, max: highest, step: (highest - lowest) / 200 });
     parts.slider.value = value;
     parts.slider.setAttribute("aria-label", `Strength of ${title}`);
-    parts.value.textContent = value.toFixed(2);
+    if (document.activeElement !== parts.value) parts.value.value = round(value);
+    parts.value.setAttribute("aria-label", `Exact strength for ${title}`);
+    [lowest, highest].forEach((end, place) => (parts.ends[place].value = end));
+    parts.more.title = `Ends of the slider of ${title}`;
+    parts.more.setAttribute("aria-label", parts.more.title);
+    for (const part of [parts.on, parts.slider, parts.value]) part.disabled = this.wired;
   }
 
   switch(index, on) {
     const strengths = parse(this.strengths.value);
-    if (on) strengths.set(index, round(this.kept.values?.[index] ?? 0));
+    if (on) strengths.set(index, round(this.rest(index)));
     else {
       // Where the slider stood, for when it is switched on again.
       this.kept.values = { ...this.kept.values, [index]: strengths.get(index) };
@@ -380,6 +424,7 @@ class Panel {
   }
 
   slide(index, value) {
+    if (!Number.isFinite(value)) return this.draw("A strength is a number.");
     this.write(parse(this.strengths.value).set(index, round(value)));
   }
 }

@@ -55,6 +55,8 @@ def opened(server: Server, browser: Any, theme: str = "dark", without: str = "")
     """A page with the frontend ready; `page.said` collects what the console had to complain about."""
     # The first start of a fresh installation shows the template browser instead of a graph.
     settings = {"Comfy.TutorialCompleted": True, "Comfy.ColorPalette": theme, "Comfy.Workflow.Persist": False}
+    # So that text can be read in pictures of whole workflows.
+    settings |= {"LiteGraph.Canvas.MinFontSizeForLOD": 0, "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0}
     post(server, "/settings", settings)
     context = browser.new_context(viewport={"width": 1500, "height": 950})
     context.set_default_timeout(PATIENCE)
@@ -115,6 +117,20 @@ def graph(file: str) -> dict[str, Any]:
     }
 
 
+def swept(file: str) -> dict[str, Any]:
+    """A graph that makes thumbnails of the first three directions."""
+    settings = {"which": "0-2", "lowest": -0.8, "highest": 0.8, "columns": 3, "unit": "token norms", "seed": 1}
+    settings |= {"width": 64, "height": 64, "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
+    settings |= {"batch_size": 3, "cell": 96, "concept": "", "thumbnails": True}
+    wires = {"model": ["1", 0], "positive": ["2", 0], "directions": ["3", 0], "vae": ["1", 2]}
+    nodes = {key: node for key, node in graph(file).items() if key in "123"}
+    return {
+        **nodes,
+        "4": {"class_type": "ElrondDirectionSweep", "inputs": {**wires, **settings}},
+        "5": {"class_type": "PreviewImage", "inputs": {"images": ["4", 0]}},
+    }
+
+
 def show(page: Any, file: str) -> None:
     """Open the graph with both panels unfolded, Apply Direction in the middle of the view."""
     page.evaluate("async (graph) => await window.app.loadApiJson(graph, 'browser')", graph(file))
@@ -145,8 +161,8 @@ def strengths(page: Any) -> str:
     return page.evaluate("() => window.app.graph.getNodeById(4).widgets.find((w) => w.name === 'strengths').value")
 
 
-def queued(page: Any, server: Server) -> np.ndarray:
-    """The picture of the graph as it is on the page, queued as the button does."""
+def run(page: Any, server: Server, node: str) -> list[np.ndarray]:
+    """The pictures that a node of the graph on the page shows, queued as the button does."""
     page.evaluate(
         """() => {
             window.finished = new Promise((resolve) => {
@@ -157,8 +173,14 @@ def queued(page: Any, server: Server) -> np.ndarray:
         }"""
     )
     assert page.evaluate("() => window.finished") == "execution_success"
-    (image,) = page.evaluate("() => window.app.nodeOutputs['8'].images")
-    return np.asarray(Image.open(io.BytesIO(server.view(image))).convert("RGB"), dtype=np.int64)
+    images = page.evaluate(f"() => window.app.nodeOutputs['{node}'].images")
+    return [np.asarray(Image.open(io.BytesIO(server.view(i))).convert("RGB"), dtype=np.int64) for i in images]
+
+
+def queued(page: Any, server: Server) -> np.ndarray:
+    """The picture of the graph that `show` opens."""
+    (picture,) = run(page, server, "8")
+    return picture
 
 
 def shot(page: Any, name: str) -> None:
@@ -195,14 +217,27 @@ def test_every_workflow_opens_as_it_is_shipped(page: Any, name: str) -> None:
         # Optional values that the file leaves out are sent with their defaults.
         assert {name: node["inputs"][name] for name in shipped[node_id]["inputs"]} == shipped[node_id]["inputs"]
     assert set(sent) == set(shipped)
-    # Panels make nodes taller; no node may come to lie on another.
+    # Panels make nodes taller; no node may come to lie on another, or to stick out of its group.
     boxes = page.evaluate("() => window.app.graph.nodes.map((n) => [n.type, ...n.pos, ...n.size])")
     for i, (kind, x, y, width, height) in enumerate(boxes):
         for other, x2, y2, width2, height2 in boxes[:i]:
             apart = x + width <= x2 or x2 + width2 <= x or y + height <= y2 - 30 or y2 + height2 <= y - 30
             assert apart, (kind, other)
-    page.evaluate("() => { window.app.canvas.ds.scale = 0.5; window.app.canvas.ds.offset = [600, 180]; }")
-    page.evaluate("() => window.app.canvas.setDirty(true, true)")
+        if kind != "MarkdownNote":
+            groups = [group["bounding"] for group in workflow["groups"]]
+            assert any(
+                left <= x and x + width <= left + wide and top <= y and y + height <= top + high
+                for left, top, wide, high in groups
+            ), kind
+    page.evaluate(
+        """([left, top, right, bottom]) => {
+            const { ds } = window.app.canvas;
+            ds.scale = Math.min(1400 / (right - left), 800 / (bottom - top));
+            ds.offset = [80 / ds.scale - left, 110 / ds.scale - top];
+            window.app.canvas.setDirty(true, true);
+        }""",
+        [min(b[1] for b in boxes), min(b[2] for b in boxes)] + [max(b[k] + b[k + 2] for b in boxes) for k in (1, 2)],
+    )
     page.wait_for_timeout(500)
     shot(page, f"workflow-{name}")
     assert page.said[before:] == []
@@ -260,6 +295,84 @@ def test_randomise_moves_what_is_on_and_stays_in_its_range(page: Any, stored: st
     assert strengths(page) == ""
 
 
+def test_a_slider_may_have_ends_of_its_own(page: Any, stored: str) -> None:
+    show(page, stored)
+    page.get_by_label("Ends of the slider of direction 1").press("Enter")
+    for end, value in (("Highest", "3"), ("Lowest", "2")):
+        field = page.get_by_label(f"{end} strength of direction 1", exact=True)
+        field.fill(value)
+        field.press("Tab")
+    slider = page.get_by_label("Strength of direction 1", exact=True)
+    assert (slider.get_attribute("min"), slider.get_attribute("max")) == ("2", "3")
+    other = page.get_by_label("Strength of direction 0", exact=True)
+    assert float(other.get_attribute("min")) < 0 < float(other.get_attribute("max")) <= 1
+    page.get_by_label("Use direction 1", exact=True).check()
+    assert strengths(page) == "1: 2"
+    page.get_by_role("button", name="Randomise").click()
+    assert 2 <= float(strengths(page).partition(": ")[2]) <= 3
+    exact = page.get_by_label("Exact strength for direction 0", exact=True)
+    exact.fill("-4.5")
+    exact.press("Enter")
+    assert strengths(page).startswith("0: -4.5, 1: ")
+    saved = page.evaluate("() => window.app.graph.serialize()")
+    page.evaluate("async (graph) => await window.app.loadGraphData(graph, true, true, 'again')", saved)
+    slider = page.get_by_label("Strength of direction 1", exact=True)
+    slider.wait_for()
+    assert (slider.get_attribute("min"), slider.get_attribute("max")) == ("2", "3")
+
+
+def test_a_slider_changes_the_workflow(page: Any, stored: str) -> None:
+    """The editor knows that there is something to save, and takes the change back."""
+    show(page, stored)
+    page.evaluate("() => window.app.extensionManager.workflow.activeWorkflow.changeTracker.reset()")
+    modified = "() => window.app.extensionManager.workflow.activeWorkflow.isModified"
+    page.get_by_label("Use direction 0", exact=True).check()
+    slider = page.get_by_label("Strength of direction 0", exact=True)
+    slider.press("End")
+    page.wait_for_function(modified)
+    slider.evaluate("(slider) => slider.blur()")
+    page.keyboard.press("Control+z")
+    page.wait_for_function(
+        "() => window.app.graph.getNodeById(4).widgets.find((w) => w.name === 'strengths').value !== '0: 1'"
+    )
+
+
+def test_sliders_are_off_where_strengths_come_over_a_wire(page: Any, stored: str) -> None:
+    show(page, stored)
+    page.evaluate(
+        """() => {
+            const text = LiteGraph.createNode('PrimitiveString');
+            window.app.graph.add(text);
+            const apply = window.app.graph.getNodeById(4);
+            text.connect(0, apply, apply.inputs.findIndex((input) => input.name === 'strengths'));
+        }"""
+    )
+    page.get_by_text("The strengths come from another node, so the sliders are off.").wait_for()
+    assert page.get_by_label("Strength of direction 0", exact=True).is_disabled()
+
+
+def test_an_image_dropped_onto_the_canvas_makes_its_batch_again(page: Any, server: Server) -> None:
+    """The workflow that the frontend saves in an image is enough, whatever was open before."""
+    workflow = json.loads((ROOT / "workflows" / "diversify.json").read_text(encoding="utf-8"))
+    page.evaluate("async (graph) => await window.app.loadGraphData(graph, true, true, 'first')", workflow)
+    diversified = str(next(n["id"] for n in workflow["nodes"] if n.get("title") == "Student, diversified"))
+    first = run(page, server, diversified)
+    page.evaluate(
+        """async (image) => {
+            const reply = await window.app.api.fetchApi('/view?' + new URLSearchParams(image));
+            const file = new File([await reply.blob()], 'dropped.png', { type: 'image/png' });
+            window.app.graph.clear();
+            await window.app.handleFile(file);
+        }""",
+        page.evaluate(f"() => window.app.nodeOutputs['{diversified}'].images[5]"),
+    )
+    page.wait_for_function("() => window.app.graph.nodes.length > 10")
+    post(server, "/free", {"unload_models": False, "free_memory": True})
+    again = run(page, server, diversified)
+    assert len(first) == 16 and all((a == b).all() for a, b in zip(first, again, strict=True))
+    assert (first[0] != first[1]).any()
+
+
 def test_names_and_stars_are_kept_in_the_file(page: Any, server: Server, stored: str) -> None:
     show(page, stored)
     panel = page.locator(".elrond-panel").first
@@ -314,8 +427,15 @@ def test_the_panel_can_be_read(server: Server, browser: Any, stored: str, theme:
     """Text has a contrast of at least 4.5 against what is behind it."""
     page = opened(server, browser, theme)
     before = len(page.said)
+    page.evaluate("async (graph) => await window.app.loadApiJson(graph, 'sweep')", swept(stored))
+    (sheet,) = run(page, server, "5")
+    assert sheet.std() > 1
     show(page, stored)
+    thumbnail = page.get_by_alt_text("What direction 0 does").first
+    thumbnail.scroll_into_view_if_needed()
+    page.wait_for_function("(image) => image.naturalWidth > 0", arg=thumbnail.element_handle())
     page.get_by_label("Use direction 0", exact=True).check()
+    page.get_by_label("Ends of the slider of direction 0", exact=True).click()
     page.wait_for_timeout(500)
     shot(page, f"panel-{theme}")
     pairs = page.evaluate(

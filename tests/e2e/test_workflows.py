@@ -53,6 +53,11 @@ def ids(graph: dict[str, Any], kind: str) -> list[str]:
     return [node_id for node_id, node in graph.items() if node["class_type"] == kind]
 
 
+def titled(graph: dict[str, Any], title: str) -> str:
+    (found,) = (node_id for node_id, node in graph.items() if node["_meta"]["title"] == title)
+    return found
+
+
 def fetch(server: Server, path: str) -> bytes:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(server.url + path, timeout=30) as reply:
@@ -71,6 +76,8 @@ def test_the_template_browser_lists_the_workflows_only(server: Server) -> None:
     for name in NAMES:
         graph = json.loads(fetch(server, f"/api/workflow_templates/{PACK}/{name}.json"))
         assert graph == json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+        picture = Image.open(io.BytesIO(fetch(server, f"/api/workflow_templates/{PACK}/{name}.jpg")))
+        assert picture.format == "JPEG"
 
 
 def test_the_server_hands_out_help_pages(server: Server) -> None:
@@ -126,8 +133,9 @@ def test_diversify(server: Server) -> None:
     plain, diversified = (pictures(server, outputs, node) for node in ids(graph, "SaveImage"))
     assert plain.shape == diversified.shape == (16, 64, 64, 3)
     assert (plain != diversified).any(axis=(1, 2, 3)).all()
-    (report,) = ids(graph, "PreviewAny")
-    assert len(outputs[report]["text"][0].splitlines()) == 16
+    assert len(outputs[titled(graph, "What every image got")]["text"][0].splitlines()) == 16
+    for batch in ("as it is", "diversified"):
+        assert "16 images, compared by" in outputs[titled(graph, f"How different: {batch}")]["text"][0]
 
 
 @pytest.mark.usefixtures("discovered")
@@ -140,6 +148,54 @@ def test_an_image_does_not_depend_on_how_many_are_diversified(server: Server) ->
     graph[wide]["inputs"]["count"] = graph[latent]["inputs"]["batch_size"] = 5
     few = pictures(server, server.run(graph), saved)
     assert np.abs(many[:5].astype(int) - few).max() <= 1
+
+
+def forget(server: Server) -> None:
+    """Empty the host's cache, so that a graph that ran before is computed anew."""
+    body = json.dumps({"unload_models": False, "free_memory": True}).encode()
+    request = urllib.request.Request(f"{server.url}/free", body, {"Content-Type": "application/json"})
+    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30).close()
+
+
+@pytest.mark.usefixtures("discovered")
+def test_a_saved_image_makes_its_batch_again(server: Server) -> None:
+    graph = workflow("diversify")
+    saved = ids(graph, "SaveImage")[1]
+    outputs = server.run(graph)
+    with Image.open(io.BytesIO(server.view(outputs[saved]["images"][3]))) as image:
+        kept = json.loads(image.info["prompt"])
+    forget(server)
+    computed: set[str] = set()
+    again = server.run(kept, on_progress=lambda name, done: computed.add(name))
+    assert "Diversified" in computed
+    assert (pictures(server, again, saved) == pictures(server, outputs, saved)).all()
+
+
+@pytest.mark.usefixtures("discovered")
+def test_one_image_of_a_batch_is_made_again_from_the_report(server: Server, node: Any) -> None:
+    graph = workflow("diversify")
+    saved = ids(graph, "SaveImage")[1]
+    (wide,), (latent,) = ids(graph, "ElrondDiversify"), ids(graph, "EmptyLatentImage")
+    outputs = server.run(graph)
+    line = outputs[titled(graph, "What every image got")]["text"][0].splitlines()[5]
+    strengths, unit = re.fullmatch(r"image 5: strengths (.*?) in (token norms|absolute)( \(.*\))?", line).group(1, 2)
+    # A single image has no diversity.
+    graph = {i: n for i, n in graph.items() if not re.match("Variety|How different", n["_meta"]["title"])}
+    same = {k: graph[wide]["inputs"][k] for k in ("conditioning", "directions", "start", "end")}
+    graph["apply"] = node("ElrondApplyDirection", **same, strengths=strengths, unit=unit)
+    graph["sixth"] = node("LatentFromBatch", samples=[latent, 0], batch_index=5, length=1)
+    (sampler,) = (i for i in ids(graph, "KSampler") if graph[i]["inputs"]["positive"] == [wide, 0])
+    graph[sampler]["inputs"] |= {"positive": ["apply", 0], "latent_image": ["sixth", 0]}
+    (one,) = pictures(server, server.run(graph), saved)
+    assert np.abs(one.astype(int) - pictures(server, outputs, saved)[5]).max() <= 3
+
+
+def test_files_that_appear_are_listed(server: Server) -> None:
+    save_directions(some_directions("Demo"), server.output / "elrond" / "directions" / "appeared.safetensors")
+    save_gradients(some_gradients(4), server.output / "elrond" / "gradients" / "appeared too.safetensors")
+    known = server.object_info()
+    for kind, name in (("ElrondLoadDirections", "appeared"), ("ElrondLoadGradients", "appeared too")):
+        assert name in known[kind]["input"]["required"]["name"][1]["options"]
 
 
 def test_complexity(server: Server) -> None:

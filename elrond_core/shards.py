@@ -67,7 +67,7 @@ class Shards:
         """Keep a finished batch. On return it is on the disk, unless the disk refused."""
         self._batches[number] = batch
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            _make(self._folder)
             self._write(number, [batch])
             first = number - number % _JOINED
             row = [self._batches.get(i) for i in range(first, first + _JOINED)]
@@ -152,6 +152,14 @@ def write(path: Path, content: bytes) -> None:
         # A full or read-only disk must be what is reported, not that nothing can be removed from it.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _make(folder: Path) -> None:
+    """Make a folder, and those it is in, so that they survive a power cut as well as what is put into them."""
+    missing = [each for each in (folder, *folder.parents) if not each.is_dir()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in reversed(missing):
+        _flush_folder(each.parent)
 
 
 def _flush_folder(folder: Path) -> None:

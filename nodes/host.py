@@ -516,6 +516,10 @@ class FeatureDenoiser:
     """
 
     def __init__(self, denoiser: HostDenoiser, vae: Any, encoder: Any) -> None:
+        if getattr(encoder, "model_type", "") == "siglip2_vision_model":
+            raise ElrondError(
+                "This image encoder takes pictures in patches of its own: take a CLIP, SigLIP or DINO one."
+            )
         self._denoiser = denoiser
         self._vae = vae
         self._encoder = encoder
@@ -702,17 +706,19 @@ def _lasting(cast: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) ->
 
 @contextlib.contextmanager
 def _exact(module: torch.nn.Module) -> Iterator[None]:
-    """Layers that multiply in 8 bits have no derivative; for the time being they multiply in the model's precision."""
-    quantised: list[Any] = [part for part in module.modules() if getattr(part, "_full_precision_mm", True) is False]
-    try:
-        for part in quantised:
-            part._full_precision_mm = True
+    """For the time being, layers do not multiply in 8 bits, and use nothing that an earlier call has left.
+
+    The first has no derivative, and what is left of another call does not depend on this one's rows.
+    """
+    with contextlib.ExitStack() as undo:
+        for part in module.modules():
+            if getattr(part, "_full_precision_mm", True) is False:
+                undo.enter_context(_instead(part, "_full_precision_mm", True))
+            if hasattr(part, "prefix_cache_enabled"):
+                undo.enter_context(_instead(part, "prefix_cache_enabled", False))
         # The host takes "no result" for "not in 8 bits".
-        with _instead(comfy.ops, "fp8_linear", lambda layer, tensor: None):
-            yield
-    finally:
-        for part in quantised:
-            part._full_precision_mm = False
+        undo.enter_context(_instead(comfy.ops, "fp8_linear", lambda layer, tensor: None))
+        yield
 
 
 def visit(

@@ -135,6 +135,33 @@ def test_a_damaged_shard_is_collected_again(
     assert run(tmp_path)[1] == 0
 
 
+def test_what_is_kept_is_flushed_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, str]] = []
+    flush, rename = shards._flush_folder, Path.replace
+
+    def flushed(folder: Path) -> None:
+        done.append(("flush", folder.name))
+        flush(folder)
+
+    def renamed(path: Path, target: Path) -> Path:
+        done.append(("rename", target.name))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(("sync", "")))
+    monkeypatch.setattr(shards, "_flush_folder", flushed)
+    monkeypatch.setattr(Path, "replace", renamed)
+    root = tmp_path / "output" / "collections"
+    Shards(root, "ab", pytest.fail).put(0, {"vectors": torch.ones(2)})
+    steps = [step for step in done if step[0] != "sync"]
+    assert steps == [
+        *(("flush", name) for name in (tmp_path.name, "output", "collections")),
+        ("rename", "00000000-1.safetensors"),
+        ("flush", "ab"),
+    ]
+    # A file before it is renamed, a folder once it has what it is to keep.
+    assert [kind for kind, _ in done] == [*["flush", "sync"] * 3, "sync", "rename", "flush", "sync"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int64])
 def test_any_type_is_kept(tmp_path: Path, dtype: torch.dtype) -> None:
     batch = {"samples": torch.arange(6).view(2, 3).to(dtype), "one": torch.tensor(1, dtype=dtype)}

@@ -367,11 +367,15 @@ def test_ways_to_compute_without_a_derivative_are_off_for_the_time_being(monkeyp
     for owner, name, before, _ in settings:
         monkeypatch.setattr(owner, name, before, raising=False)
     cast, linear = comfy.ops.cast_bias_weight, comfy.ops.fp8_linear
+    # What a newer family keeps of the text for the steps to come.
+    network = model.model.diffusion_model
+    network.prefix_cache_enabled = True
 
     def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> None:
         for owner, name, _, during in settings:
             assert getattr(owner, name) is during
         assert comfy.ops.cast_bias_weight is not cast and comfy.ops.fp8_linear is not linear
+        assert network.prefix_cache_enabled is False
         raise RuntimeError("stop here")
 
     with pytest.raises(RuntimeError, match="stop here"):
@@ -379,6 +383,7 @@ def test_ways_to_compute_without_a_derivative_are_off_for_the_time_being(monkeyp
     for owner, name, before, _ in settings:
         assert getattr(owner, name) is before
     assert comfy.ops.cast_bias_weight is cast and comfy.ops.fp8_linear is linear
+    assert network.prefix_cache_enabled is True
 
 
 def test_settings_that_this_host_does_not_have_stay_away() -> None:
@@ -421,6 +426,11 @@ def test_what_has_no_derivative_is_named() -> None:
     cut.set_model_attn2_output_patch(lambda tensor, options: tensor.detach())
     with pytest.raises(ElrondError, match="SDXL cannot be differentiated"):
         gradient_of(SDXL, cut)
+    late = [[t, {**o, "start_percent": 0.5}] for t, o in prompt(SDXL)]
+    beside = [*late, [random(1, families.ROWS, families.WIDTH, seed=12), dict(SDXL.options)]]
+    with pytest.raises(ElrondError, match="at this noise level"):
+        gradient_of(SDXL, build(SDXL), beside)
+    assert gradient_of(SDXL, build(SDXL), beside, level=0.3).norm() > 1e-4
 
 
 def test_guidance_and_a_negative() -> None:

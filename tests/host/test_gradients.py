@@ -334,7 +334,9 @@ def test_feature_loss_equals_central_finite_differences(
     assert after == flags
 
 
-def test_the_node_compares_features(nodes: dict[str, Any], teacher: SimpleNamespace, encoder: Any) -> None:
+def test_the_node_compares_features(
+    nodes: dict[str, Any], teacher: SimpleNamespace, encoder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     latents, features = collect(nodes, teacher), collect(nodes, teacher, vae=teacher.vae, clip_vision=encoder)
     assert features.provenance.latent_values == 24 and len(features.response) == 12
     assert torch.equal(latents.targets, features.targets)
@@ -342,6 +344,9 @@ def test_the_node_compares_features(nodes: dict[str, Any], teacher: SimpleNamesp
     assert (along.abs() < 0.99).all()
     with pytest.raises(ElrondError, match="both a vae and a clip_vision"):
         collect(nodes, teacher, vae=teacher.vae)
+    monkeypatch.setattr(encoder, "model_type", "siglip2_vision_model", raising=False)
+    with pytest.raises(ElrondError, match="take a CLIP, SigLIP or DINO one"):
+        collect(nodes, teacher, vae=teacher.vae, clip_vision=encoder, seed=6)
 
 
 def test_noise_levels_through_the_nodes(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:

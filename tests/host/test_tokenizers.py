@@ -13,7 +13,9 @@ import comfy.sd
 import comfy.sdxl_clip
 import comfy.supported_models_base
 import comfy.text_encoders.aura_t5
+import comfy.text_encoders.cosmos
 import comfy.text_encoders.flux
+import comfy.text_encoders.hidream
 import comfy.text_encoders.hunyuan_image
 import comfy.text_encoders.hunyuan_video
 import comfy.text_encoders.hydit
@@ -22,6 +24,7 @@ import comfy.text_encoders.omnigen2
 import comfy.text_encoders.pixart_t5
 import comfy.text_encoders.qwen_image
 import comfy.text_encoders.sd3_clip
+import comfy.text_encoders.wan
 import comfy.text_encoders.z_image
 import pytest
 import safetensors.torch
@@ -132,6 +135,22 @@ ENCODERS = {
         ),
         Encoder("Omnigen2", te.omnigen2.Omnigen2Tokenizer, te.omnigen2.te(), {"qwen25_3b": llama(151936)}),
         Encoder(
+            "HiDream",
+            te.hidream.HiDreamTokenizer,
+            te.hidream.hidream_clip(),
+            {"clip_l": clip(), "clip_g": clip(48), "t5xxl": t5(), "llama": llama(128320)},
+            causal=False,
+        ),
+        Encoder("Cosmos", te.cosmos.CosmosT5Tokenizer, te.cosmos.te(), {"t5xxl": t5()}, causal=False),
+        Encoder(
+            "Wan",
+            te.wan.WanT5Tokenizer,
+            te.wan.te(),
+            {"umt5xxl": t5()},
+            {"spiece_model": SPIECE},
+            causal=False,
+        ),
+        Encoder(
             "HunyuanVideo",
             te.hunyuan_video.HunyuanVideoTokenizer,
             te.hunyuan_video.hunyuan_video_clip(),
@@ -203,6 +222,10 @@ def usable(family: str) -> str:
     if not any("red" in piece.text for piece in host.pieces_of(load(family), "a red dog")[0]):
         pytest.skip(f"with transformers {transformers.__version__} the host's {family} tokenizer joins words")
     return family
+
+
+def test_encoders_are_named_after_their_families() -> None:
+    assert [host.family_of(load(family)) for family in ENCODERS] == list(ENCODERS)
 
 
 @pytest.mark.parametrize("text", ["a photo of a {} in the park", "{}", "two cars, a {}."])

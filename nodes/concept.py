@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.tokens import bracketed, find_concept
 from . import host
+from .types import verdict
 
 
 class EncodeConcept(io.ComfyNode):
@@ -59,15 +60,16 @@ class EncodeConcept(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, prompt: str | None = None, concept: str | None = None) -> bool | str:
+        """Refuse what can be seen to be wrong before anything is computed."""
+        return verdict((_concepts, prompt, concept))
+
+    @classmethod
     def execute(cls, clip: object, prompt: str, concept: str, occurrence: int, row: int = 0) -> io.NodeOutput:
         """Encode and mark."""
         if clip is None:
             raise ElrondError("The CLIP input is empty: this checkpoint has no text encoder; load one separately.")
-        concept = concept.strip()
-        # A concept named in the field leaves brackets alone, which some prompts use for other things.
-        plain, wanted = (prompt, [(concept, occurrence - 1)]) if concept else bracketed(prompt)
-        if not wanted:
-            raise ElrondError("Name the concept: put its word in [brackets] in the prompt, or in the concept field.")
+        plain, wanted = _concepts(prompt, concept, occurrence)
         pieces, length = host.pieces_of(clip, plain)
         found = [find_concept(pieces, word, which) for word, which in wanted]
         if row:
@@ -82,6 +84,15 @@ class EncodeConcept(io.ComfyNode):
         words = tuple(sorted({p.row - dropped for p in pieces}))
         marked = host.mark(conditioning, host.family_of(clip), plain, concepts, words)
         return io.NodeOutput(marked, "\n".join(lines))
+
+
+def _concepts(prompt: str, concept: str, occurrence: int = 1) -> tuple[str, list[tuple[str, int]]]:
+    """The prompt as it is encoded, and its concepts with the occurrence of each (0 is the first)."""
+    # A concept named in the field leaves brackets alone, which some prompts use for other things.
+    plain, wanted = (prompt, [(concept.strip(), occurrence - 1)]) if concept.strip() else bracketed(prompt)
+    if not wanted:
+        raise ElrondError("Name the concept: put its word in [brackets] in the prompt, or in the concept field.")
+    return plain, wanted
 
 
 NODES = [EncodeConcept]

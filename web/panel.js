@@ -245,7 +245,11 @@ class Panel {
 
   toggle() {
     this.kept.open = !this.kept.open;
-    if (this.kept.open) this.node.setSize([Math.max(this.node.size[0], LEAST_WIDTH), this.node.size[1]]);
+    if (this.kept.open) {
+      if (this.steers) this.node.setSize([Math.max(this.node.size[0], LEAST_WIDTH), this.node.size[1]]);
+      // It may grow over the node below.
+      app.canvas?.bringToFront?.(this.node);
+    }
     this.draw();
     this.fit(true);
     if (this.kept.open) this.refresh(true);
@@ -349,7 +353,8 @@ class Panel {
       onclick: () => this.keep({ index, star: !this.file.directions[index].star }),
     });
     const height = this.rowHeight - 5;
-    parts.picture = make("img", { height, title: "Lowest, middle and highest strength of the last Direction Sweep" });
+    const title = "Lowest, middle and highest strength of the last Direction Sweep";
+    parts.picture = make("img", { height, title, loading: "lazy" });
     parts.label = make("input", {
       type: "text",
       maxLength: 100,

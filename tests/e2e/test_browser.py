@@ -217,7 +217,10 @@ def test_every_workflow_opens_as_it_is_shipped(page: Any, name: str) -> None:
         # Optional values that the file leaves out are sent with their defaults.
         assert {name: node["inputs"][name] for name in shipped[node_id]["inputs"]} == shipped[node_id]["inputs"]
     assert set(sent) == set(shipped)
-    # Panels make nodes taller; no node may come to lie on another, or to stick out of its group.
+    # Panels make nodes taller, open ones most; no node may come to lie on another, or to stick out of its group.
+    for head in page.locator(".elrond-head").all():
+        head.evaluate("(head) => head.click()")
+    page.wait_for_timeout(1500)
     boxes = page.evaluate("() => window.app.graph.nodes.map((n) => [n.type, ...n.pos, ...n.size])")
     for i, (kind, x, y, width, height) in enumerate(boxes):
         for other, x2, y2, width2, height2 in boxes[:i]:

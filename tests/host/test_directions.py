@@ -110,6 +110,8 @@ def test_impossible_ranges_are_refused_before_the_graph_runs(nodes: dict[str, An
         ("ComposeDirections", {"weights": "1, x"}, "'x' is not a number"),
         ("ComposeDirections", {"which": "0, 0"}, "Direction 0 is listed twice"),
         ("DirectionSweep", {"which": "first"}, "'first' is not a direction"),
+        ("EncodeConcept", {"prompt": "a [thing", "concept": ""}, "do not match"),
+        ("EncodeConcept", {"prompt": "a thing", "concept": " "}, "Name the concept"),
         ("TrainSAE", {"lowest_density": -1.0, "highest_density": -2.0}, "densities must go from low to high"),
         ("LabelDirections", {"words": "red"}, "at least two words"),
     ):

@@ -358,6 +358,18 @@ def test_weights_that_are_lent_in_memory_that_is_used_again(
     assert not torch.allclose(found(), expected, rtol=0.1)
 
 
+def test_weights_that_are_only_lent_are_not_copied() -> None:
+    with torch.inference_mode():
+        layers = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    # Newer hosts mark layers whose weights they lend.
+    layers[1]._v = (0, 0, 0)
+    given = layers[0].weight, layers[1].weight
+    host._normal_copies(layers)
+    assert not layers[0].weight.is_inference() and torch.equal(layers[0].weight, given[0])
+    assert layers[0].weight.requires_grad == given[0].requires_grad
+    assert layers[1].weight is given[1]
+
+
 def test_ways_to_compute_without_a_derivative_are_off_for_the_time_being(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(SD)
     settings = (

@@ -267,6 +267,16 @@ def test_what_determines_gradients_is_in_the_fingerprint(teacher: SimpleNamespac
     hooked = model.clone()
     hooked.set_model_unet_function_wrapper(lambda apply, given: apply(given["input"], given["timestep"], **given["c"]))
     assert fingerprint(hooked, teacher.positive, 1.0) != before
+    # Newer hosts put buffers on the device in another type, and keep the original.
+    cast, schedule = model.clone(), model.model.model_sampling
+    cast.backup_buffers = {"model_sampling.sigmas": schedule.sigmas}
+    schedule.sigmas = schedule.sigmas.double()
+    try:
+        assert fingerprint(cast, teacher.positive, 1.0) == before != fingerprint(model, teacher.positive, 1.0)
+    finally:
+        schedule.sigmas = cast.backup_buffers["model_sampling.sigmas"]
+    assert fingerprint(model, teacher.positive, 1.0) == before
+
     unknown = model.clone()
     unknown.model_options["transformer_options"]["patch"] = object()
     assert host.open_shards(unknown, teacher.positive, 1.0) is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ CONCEPT_INPUT = io.String.Input(
 )
 
 
-def verdict(*checks: tuple[Callable[..., Any] | Any, ...]) -> bool | str:
+def verdict(*checks: tuple[Any, ...]) -> bool | str:
     """What `validate_inputs` answers: True, or the sentence with which the first of some checks refuses.
 
     Args:

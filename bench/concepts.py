@@ -22,10 +22,10 @@ from demo import host
 import torch
 from scipy.stats import spearmanr
 
-from demo.captions import NOUNS, compose, open_factors
+from demo.captions import NOUNS, WORDS, compose, open_factors
 from demo.evaluate import Demo
 from demo.model import LATENT_CHANNELS, WEIGHTS
-from demo.world import CONTINUOUS, SHAPES, measure
+from demo.world import CONTINUOUS, FACTORS, SHAPES, Measurement, measure
 
 PACK = host.pack()
 from comfyui_elrond.elrond_core import files  # noqa: E402
@@ -34,6 +34,7 @@ from comfyui_elrond.elrond_core.lid import estimate_lid  # noqa: E402
 from comfyui_elrond.elrond_core.pca import fit_pca  # noqa: E402
 from comfyui_elrond.elrond_core.response import fit_response  # noqa: E402
 from comfyui_elrond.elrond_core.sae import train_sae  # noqa: E402
+from comfyui_elrond.elrond_core.words import fit_words  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 COLLECTIONS = RESULTS / "collections"
@@ -41,6 +42,8 @@ REALIZATIONS, GRADIENTS = 256, 2048
 LEADING = 6
 SEEDS = 24
 STRENGTHS = np.linspace(-1, 1, 5)
+# A factor that a direction leaves alone still differs between the ends, by chance: so many seeds that it hardly counts.
+SEEDS_AT_ENDS = 128
 # Standard deviation of a uniform number; and how often two of three equally likely shapes differ.
 SPREAD, DIFFERENT = 12**-0.5, 2 / 3
 
@@ -78,29 +81,41 @@ def movements(demo: Demo, noun: str, vectors: torch.Tensor) -> list[dict[str, An
         far the mean of the seeds moves from one end to the other, in units of the factor's spread (shape: how far its
         shares move); and the share of `valid` images.
     """
+    unit = torch.nn.functional.normalize(vectors, dim=1)
+    along = _steered(demo, noun, unit, STRENGTHS, SEEDS)
+    ends = _steered(demo, noun, unit, STRENGTHS[[0, -1]], SEEDS_AT_ENDS)
+    out = []
+    for k in range(len(vectors)):
+        values = {name: along.factors[name].reshape(len(vectors), len(STRENGTHS), SEEDS)[k].numpy() for name in FACTORS}
+        rho = {
+            name: float(np.mean([np.nan_to_num(spearmanr(STRENGTHS, values[name][:, i])[0]) for i in range(SEEDS)]))
+            for name in CONTINUOUS
+        }
+        low, high = (
+            {name: ends.factors[name].reshape(len(vectors), 2, SEEDS_AT_ENDS)[k, end].numpy() for name in FACTORS}
+            for end in (0, 1)
+        )
+        moved = {name: float(abs((high[name] - low[name]).mean()) / SPREAD) for name in CONTINUOUS}
+        shares = [np.bincount(end["shape"], minlength=len(SHAPES)) / SEEDS_AT_ENDS for end in (low, high)]
+        moved["shape"] = float(np.abs(shares[1] - shares[0]).sum() / 2 / DIFFERENT)
+        valid = ends.valid.reshape(len(vectors), -1)[k].float().mean()
+        out.append({"rho": rho, "moved": moved, "valid": float(valid)})
+    return out
+
+
+def _steered(demo: Demo, noun: str, unit: torch.Tensor, strengths: np.ndarray, seeds: int) -> Measurement:
+    """Images of (K, d) directions × strengths, in token norms, × seeds, in this order."""
     text = compose(noun, []).text
     rows = demo.encode(text)[0]
     place = len(text.split())
-    length = rows[place].norm()
-    conditioning = rows.repeat(len(vectors), len(STRENGTHS), SEEDS, 1, 1)
-    moves = torch.nn.functional.normalize(vectors, dim=1)[:, None, :] * torch.tensor(STRENGTHS)[None, :, None].float()
-    conditioning[..., place, :] += (length * moves)[:, :, None]
-    noise = torch.randn(SEEDS, LATENT_CHANNELS, 8, 8, generator=torch.Generator().manual_seed(7001))
-    images = demo.sample(conditioning.flatten(0, 2), 0, noise.repeat(len(vectors) * len(STRENGTHS), 1, 1, 1))
-    seen = measure(images)
-    shape = (len(vectors), len(STRENGTHS), SEEDS)
-    values = {name: seen.factors[name].reshape(shape).numpy() for name in seen.factors}
-    out = []
-    for k in range(len(vectors)):
-        rho = {
-            name: float(np.mean([np.nan_to_num(spearmanr(STRENGTHS, values[name][k, :, i])[0]) for i in range(SEEDS)]))
-            for name in CONTINUOUS
-        }
-        moved = {name: float(abs((values[name][k, -1] - values[name][k, 0]).mean()) / SPREAD) for name in CONTINUOUS}
-        shares = [np.bincount(values["shape"][k, end], minlength=len(SHAPES)) / SEEDS for end in (0, -1)]
-        moved["shape"] = float(np.abs(shares[1] - shares[0]).sum() / 2 / DIFFERENT)
-        out.append({"rho": rho, "moved": moved, "valid": float(seen.valid.reshape(shape)[k].float().mean())})
-    return out
+    conditioning = rows.repeat(len(unit), len(strengths), seeds, 1, 1)
+    moves = unit[:, None, :] * torch.tensor(strengths)[None, :, None].float()
+    conditioning[..., place, :] += (rows[place].norm() * moves)[:, :, None]
+    noise = torch.randn(seeds, LATENT_CHANNELS, 8, 8, generator=torch.Generator().manual_seed(7001))
+    # The arithmetic that the teacher was trained in.
+    with torch.autocast("cpu", torch.bfloat16):
+        images = demo.sample(conditioning.flatten(0, 2), 0, noise.repeat(len(unit) * len(strengths), 1, 1, 1))
+    return measure(images.float())
 
 
 def purity(row: dict[str, Any]) -> float:
@@ -117,10 +132,17 @@ def coverage(table: list[dict[str, Any]]) -> int:
 def directions() -> dict[str, Any]:
     """Purity and coverage of the leading six directions of each method."""
     demo, gradients = Demo.load("teacher"), collection("teacher", "thing")
+    words = [word for some in WORDS.values() for word in some]
+    rows = [demo.encode(f"a {word} thing")[0, 3:4] for word in words]
     methods = {
         "pca": lambda: fit_pca(gradients, significance=0, limit=LEADING)[0].vectors,
         "response": lambda: fit_response(gradients, significance=0, limit=LEADING)[0].vectors,
         "response_rotated": lambda: fit_response(gradients, significance=0, limit=LEADING, rotate=True)[0].vectors,
+        "words": lambda: (
+            fit_words(
+                gradients, words, demo.encode("a thing")[0, 2:3], torch.stack(rows), significance=0, limit=LEADING
+            ).vectors
+        ),
         "sae": lambda: train_sae(gradients)[0].vectors[:LEADING],
         "random": lambda: torch.randn(LEADING, gradients.flat.shape[1], generator=torch.Generator().manual_seed(0)),
     }

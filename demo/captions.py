@@ -63,7 +63,9 @@ class Caption:
         bare: the same with the attributes left out.
         noun: the concept word.
         named: factor to attribute word.
-        share: factor to how far its word holds, above 0 to 1; a factor that is not here, wholly.
+        share: factor to how far its word holds, above 0; 1 is wholly, and at 2 the window has shrunk to its end. A
+            factor that is not here holds wholly.
+        across: whether words hold by moving away from their opposites rather than from no word.
     """
 
     text: str
@@ -71,6 +73,7 @@ class Caption:
     noun: str
     named: dict[str, str]
     share: dict[str, float] = field(default_factory=dict)
+    across: bool = False
 
 
 def compose(noun: str, words: list[str]) -> Caption:
@@ -106,11 +109,27 @@ def draw_shaded_caption(generator: torch.Generator) -> Caption:
     return replace(caption, share=dict(zip(caption.named, shares, strict=True)))
 
 
+def opposite(factor: str, word: str) -> str | None:
+    """The word at the other end of a continuous factor; None for one that is not at an end, and for shapes."""
+    words = list(WORDS[factor])
+    ends = {words[0]: words[-1], words[-1]: words[0]}
+    return None if factor == "shape" else ends.get(word)
+
+
+def draw_slid_caption(generator: torch.Generator) -> Caption:
+    """A random caption whose words lie on a line with their opposites, from hardly there to beyond wholly."""
+    caption = draw_caption(generator)
+    while any(opposite(factor, word) is None for factor, word in caption.named.items()):
+        caption = draw_caption(generator)
+    shares = (2 * torch.rand(len(caption.named), generator=generator)).tolist()
+    return replace(caption, share=dict(zip(caption.named, shares, strict=True)), across=True)
+
+
 def window(caption: Caption, factor: str) -> tuple[float, float]:
     """The interval a continuous factor is uniform on.
 
     A point if the noun fixes it, [0, 1] if nobody names it, the word's own if it is named; where the word holds in
-    part, its ends lie in proportion between.
+    part, its ends lie in proportion between, and where it more than holds, between its own and the end of the range.
     """
     if factor in NOUNS[caption.noun]:
         return (NOUNS[caption.noun][factor],) * 2
@@ -118,6 +137,8 @@ def window(caption: Caption, factor: str) -> tuple[float, float]:
         return 0.0, 1.0
     share = caption.share.get(factor, 1.0)
     low, high = WORDS[factor][caption.named[factor]]
+    if share > 1:
+        return (low + (share - 1) * (1 - low), high) if high == 1 else (low, (2 - share) * high)
     return share * low, 1 + share * (high - 1)
 
 

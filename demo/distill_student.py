@@ -26,7 +26,7 @@ from .train_teacher import OUT, TextEncoder, Words, conditioning, draw_samples, 
 
 SEED = 10602
 BATCH = 32
-ITERATIONS = 600
+ITERATIONS = 900
 STUDENT_STEPS = 4
 GUIDANCE = 7.0
 STUDENT_RATE = 3e-4

@@ -28,20 +28,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTokenizer
 
 from . import model as demo_model
-from .captions import NOUNS, WORDS, Caption, draw_caption, draw_factors, draw_shaded_caption
+from .captions import (
+    NOUNS,
+    WORDS,
+    Caption,
+    draw_caption,
+    draw_factors,
+    draw_shaded_caption,
+    draw_slid_caption,
+    opposite,
+)
 from .world import CONTINUOUS, SHAPES, render
 
 SEED = 2602
 BATCH = 64
-# First step, last step and peak learning rate of each leg (a short warm-up, then a cosine to zero), and the share of
-# its samples that show shapes: a shape is a few pixels at the noise levels at which shapes form, and among all the
-# rest its words are not learnt.
+# First step, last step and peak learning rate of each leg (a short warm-up, then a cosine to zero), and the shares of
+# its samples at the noise levels at which shapes form: of captions that name a shape, which is a few pixels there, and
+# whose words are not learnt among all the rest; and of any caption.
 LEGS = (
-    (0, 5400, 1.2e-3, 0.0),
-    (5400, 8000, 1e-3, 0.0),
-    (8000, 8350, 1e-3, 1.0),
-    (8350, 10700, 9e-4, 0.0),
-    (10700, 12300, 8e-4, 0.3),
+    (0, 5400, 1.2e-3, 0.0, 0.0),
+    (5400, 8000, 1e-3, 0.0, 0.0),
+    (8000, 8350, 1e-3, 1.0, 0.0),
+    (8350, 10700, 9e-4, 0.0, 0.0),
+    (10700, 12300, 8e-4, 0.3, 0.0),
+    (12300, 14300, 7e-4, 0.15, 0.2),
 )
 WARM_UP = 100
 SHAPES_FORM = (0.45, 0.88)
@@ -49,9 +59,10 @@ EMA = 0.999
 # Shares of the training samples by what the denoiser sees: every row, the noun's row alone, the noun's row inside
 # the rows of the caption without attributes; the rest sees the empty caption, for guidance.
 FULL, ALONE, INSIDE = 0.36, 0.24, 0.33
-# Of the samples that show the noun's row without its attributes: the share that is shaded. The noise added to all of
+# Of the samples that show the noun's row without its attributes: the share that is shaded, and the part of those whose
+# row moves along the line between two opposite words, which goes on beyond them. The noise added to all of
 # them is at most this share of the row's norm.
-SHADED, ROW_NOISE = 0.6, 0.2
+SHADED, SLID, ROW_NOISE = 0.6, 0.5, 0.2
 # Share of samples at the highest noise level. There the best estimate is the mean of all images of a caption, which
 # is drawn as the mean of so many instead of one, and counts so many times: else what a word does to the mean, on which
 # the gradients of its row depend, would drown in what the images vary by.
@@ -156,8 +167,13 @@ def draw_samples(count: int, generator: torch.Generator) -> Samples:
     bounds = torch.tensor([FULL, FULL + ALONE, FULL + ALONE + INSIDE])
     mode = torch.bucketize(torch.rand(count, generator=generator), bounds)
     hidden = (mode == MODES.index("alone")) | (mode == MODES.index("inside"))
-    shade = hidden & (torch.rand(count, generator=generator) < SHADED)
-    captions = [draw_shaded_caption(generator) if shade[i] else draw_caption(generator) for i in range(count)]
+    chance = torch.rand(count, generator=generator)
+    captions = []
+    for i in range(count):
+        draw = draw_caption
+        if hidden[i] and chance[i] < SHADED:
+            draw = draw_slid_caption if chance[i] < SHADED * SLID else draw_shaded_caption
+        captions.append(draw(generator))
     noise = torch.randn(count, demo_model.TOKEN_WIDTH, generator=generator) / demo_model.TOKEN_WIDTH**0.5
     amount = ROW_NOISE * torch.rand(count, generator=generator) * hidden
     return Samples(captions, mode, noise * amount[:, None])
@@ -185,24 +201,35 @@ def conditioning(text: TextEncoder, samples: Samples) -> torch.Tensor:
 
 
 def shades(text: TextEncoder, captions: list[Caption], bare: torch.Tensor) -> torch.Tensor:
-    """(N, 128): the sum of what each word alone does to the noun's row, as far as it holds."""
-    words = [(i, word, c.share[f]) for i, c in enumerate(captions) for f, word in c.named.items() if f in c.share]
-    if not words:
+    """(N, 128): the sum of what each word alone does to the noun's row, as far as it holds.
+
+    Across, a word does half of what leads from its opposite to it.
+    """
+    moves: list[tuple[int, str, float]] = []
+    for i, caption in enumerate(captions):
+        for factor, share in caption.share.items():
+            word = caption.named[factor]
+            if caption.across:
+                moves += [(i, word, share / 2), (i, opposite(factor, word) or word, -share / 2)]
+            else:
+                moves.append((i, word, share))
+    if not moves:
         return torch.zeros_like(bare)
-    texts = sorted({f"a {word} {captions[i].noun}" for i, word, _ in words})
+    texts = sorted({f"a {word} {captions[i].noun}" for i, word, _ in moves})
     rows = text(texts)[:, 3]
-    of = [texts.index(f"a {word} {captions[i].noun}") for i, word, _ in words]
-    owner = torch.tensor([i for i, _, _ in words])
-    moves = torch.tensor([share for _, _, share in words])[:, None] * (rows[of] - bare[owner])
-    return torch.zeros_like(bare).index_add(0, owner, moves)
+    of = [texts.index(f"a {word} {captions[i].noun}") for i, word, _ in moves]
+    owner = torch.tensor([i for i, _, _ in moves])
+    steps = torch.tensor([share for _, _, share in moves])[:, None] * (rows[of] - bare[owner])
+    return torch.zeros_like(bare).index_add(0, owner, steps)
 
 
-def draw_shapes(count: int, generator: torch.Generator) -> tuple[Samples, torch.Tensor]:
-    """Random captions that name a shape, shown in full, and the noise levels at which shapes form."""
+def draw_forming(shapes: int, others: int, generator: torch.Generator) -> tuple[Samples, torch.Tensor]:
+    """Random captions that name a shape and others that need not, in full, and noise levels at which shapes form."""
     captions: list[Caption] = []
-    while len(captions) < count:
+    while len(captions) < shapes + others:
         caption = draw_caption(generator)
-        captions += [caption] if "shape" in caption.named else []
+        captions += [caption] if "shape" in caption.named or len(captions) >= shapes else []
+    count = len(captions)
     low, high = SHAPES_FORM
     sigma = low + (high - low) * torch.rand(count, generator=generator)
     return Samples(captions, torch.zeros(count).long(), torch.zeros(count, demo_model.TOKEN_WIDTH)), sigma
@@ -239,10 +266,11 @@ class Batch:
 def batch_of(step: int, size: int, vae: demo_model.PatchVAE) -> Batch:
     """The batch of a step: the same in a resumed run."""
     generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
-    shapes = round(leg_of(step)[3] * size)
-    samples, sigma = draw_samples(size - shapes, generator), draw_sigma(size - shapes, generator)
-    if shapes:
-        more, levels = draw_shapes(shapes, generator)
+    shapes, others = (round(share * size) for share in leg_of(step)[3:])
+    rest = size - shapes - others
+    samples, sigma = draw_samples(rest, generator), draw_sigma(rest, generator)
+    if shapes + others:
+        more, levels = draw_forming(shapes, others, generator)
         samples = Samples(
             samples.captions + more.captions,
             torch.cat([samples.mode, more.mode]),
@@ -279,14 +307,14 @@ def velocity(unet: torch.nn.Module, noisy: torch.Tensor, sigma: torch.Tensor, co
     return out.float()
 
 
-def leg_of(step: int) -> tuple[int, int, float, float]:
+def leg_of(step: int) -> tuple[int, int, float, float, float]:
     """The leg that a step belongs to."""
     return next(leg for leg in LEGS if step < leg[1])
 
 
 def rate_at(step: int) -> float:
     """The learning rate of a step."""
-    first, last, peak, _ = leg_of(step)
+    first, last, peak = leg_of(step)[:3]
     share = (step - first) / (last - first)
     return peak * min(1, (step - first + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * share))
 
@@ -298,8 +326,11 @@ def save_atomic(state: dict, path: Path) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
-def train(steps: int, out: Path) -> None:
-    """Train to `steps`, writing `teacher.safetensors`, a log and a checkpoint every 500 steps."""
+def train(steps: int, out: Path, weights: Path | None = None) -> None:
+    """Train to `steps`, writing `teacher.safetensors`, a log and a checkpoint every 500 steps.
+
+    With `weights`, a checkpoint file such as the shipped one, the last leg is trained on top of it.
+    """
     torch.manual_seed(SEED)
     words, vae = Words(), fit_vae()
     unet, text = demo_model.new_unet().diffusion_model, TextEncoder(words)
@@ -309,6 +340,13 @@ def train(steps: int, out: Path) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=rate_at(0), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     average = copy.deepcopy(both).requires_grad_(False)
     start, seconds, log = 0, 0.0, []
+    if weights is not None:
+        unet_weights, text_weights, patches = demo_model.unpack(weights)
+        vae.load_state_dict(patches)
+        for module in (both, average):
+            module[0].load_state_dict(unet_weights)
+            module[1].load(text_weights)
+        start = LEGS[-1][0]
     state_file = out / "teacher.pt"
     if state_file.is_file():
         state = torch.load(state_file, weights_only=True)
@@ -351,5 +389,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=LEGS[-1][1])
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--weights", type=Path, help="train the last leg on top of this checkpoint")
     arguments = parser.parse_args()
-    train(arguments.steps, arguments.out)
+    train(arguments.steps, arguments.out, arguments.weights)

@@ -78,6 +78,35 @@ def put_before(prompt: str, concept: str, occurrence: int, word: str) -> str:
     return f"{prompt[:start]}{word} {prompt[start:]}"
 
 
+def word_moves(rows: int, width: int, bare: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+    """How words move a concept, unlike the others: what all words have in common is subtracted.
+
+    Args:
+        rows: 1, or the concept's R; with 1, a move is the mean over its rows.
+        width: d.
+        bare: (R, d) the concept's rows without any of them.
+        moved: (W, R, d) the concept's rows with each put before it.
+
+    Returns:
+        float64 (W, rows · d).
+
+    Raises:
+        ElrondError: if the shapes do not fit, or no word changes the rows.
+    """
+    if moved.shape[2] != width or bare.shape != moved.shape[1:] or rows not in (1, moved.shape[1]):
+        raise ElrondError(
+            f"The directions are {rows} rows of {width}, and this text encoder gives the concept "
+            f"{moved.shape[1]} of {moved.shape[2]}: use the text encoder they were made with."
+        )
+    moves = moved.double() - bare.double()
+    if rows == 1:
+        moves = moves.mean(1, keepdim=True)
+    moves = (moves - moves.mean(0)).flatten(1)
+    if not (moves.norm(dim=1) > 1e-9).any():
+        raise ElrondError("No word put before the concept changes its rows: this text encoder cannot name directions.")
+    return moves
+
+
 def label(
     directions: Directions, words: Sequence[str], bare: torch.Tensor, moved: torch.Tensor, top: int = 3
 ) -> list[Label]:
@@ -99,19 +128,8 @@ def label(
     Raises:
         ElrondError: if the shapes do not fit, or no word changes the rows.
     """
-    rows = directions.vectors.shape[1]
-    if moved.shape[2] != directions.width or bare.shape != moved.shape[1:] or rows not in (1, moved.shape[1]):
-        raise ElrondError(
-            f"The directions are {rows} rows of {directions.width}, and this text encoder gives the concept "
-            f"{moved.shape[1]} of {moved.shape[2]}: use the text encoder they were made with."
-        )
-    moves = moved.double() - bare.double()
-    if rows == 1:
-        moves = moves.mean(1, keepdim=True)
-    moves = (moves - moves.mean(0)).flatten(1)
+    moves = word_moves(directions.vectors.shape[1], directions.width, bare, moved)
     norms = moves.norm(dim=1, keepdim=True)
-    if not (norms > 1e-9).any():
-        raise ElrondError("No word put before the concept changes its rows: this text encoder cannot name directions.")
     cosines = directions.vectors.double().flatten(1) @ (moves / norms.clamp_min(1e-9)).T
     labels = []
     for row in cosines:

@@ -115,12 +115,14 @@ class Components:
         moves: float64, (R·d, P): v as columns, scaled so that vᵀ(M + ridge)v = 1.
         ridge: as a share of the mean response.
         added: the same on the scale of M.
+        metric: float64, (R·d, R·d): M with the ridge added.
     """
 
     eigenvalues: torch.Tensor
     moves: torch.Tensor
     ridge: float
     added: float
+    metric: torch.Tensor
 
 
 def components(gradients: Gradients, ridge: float | None = None) -> Components:
@@ -138,7 +140,7 @@ def components(gradients: Gradients, ridge: float | None = None) -> Components:
     metric.diagonal().add_(ridge * mean_response)
     eigenvalues, moves = generalised(covariance, metric)
     count = min(len(gradients), len(metric))
-    return Components(eigenvalues[:count], moves[:, :count], ridge, ridge * mean_response)
+    return Components(eigenvalues[:count], moves[:, :count], ridge, ridge * mean_response, metric)
 
 
 def generalised(covariance: torch.Tensor, metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

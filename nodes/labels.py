@@ -1,7 +1,8 @@
-"""LabelDirections: names for directions, from the text encoder alone."""
+"""LabelDirections and FitWords: what words, through the text encoder, say about a concept's directions."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,9 +12,20 @@ from ..elrond_core import labels
 from ..elrond_core.compose import renamed
 from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
+from ..elrond_core.gradients import Gradients
+from ..elrond_core.provenance import Provenance
 from ..elrond_core.tokens import find_concept, occurrences
+from ..elrond_core.words import fit_words
 from . import host
-from .types import DirectionsIO, verdict
+from .types import DirectionsIO, GradientsIO, verdict
+
+_WORDS = io.String.Input(
+    "words",
+    default=labels.WORDS,
+    multiline=True,
+    tooltip="Words or phrases to try, separated by commas. Give many, of all kinds: what they have in "
+    "common is left out.",
+)
 
 
 def _rows(clip: Any, prompt: str, concept: str, occurrence: int) -> torch.Tensor:
@@ -25,15 +37,83 @@ def _rows(clip: Any, prompt: str, concept: str, occurrence: int) -> torch.Tensor
     return encoded[0, list(found.rows)].float().cpu()
 
 
-def _occurrence(clip: Any, directions: Directions) -> int:
-    """Which occurrence of the concept in their prompt the directions were made for; the first if that is unclear."""
-    origin = directions.provenance
+def _occurrence(clip: Any, origin: Provenance) -> int:
+    """Which occurrence of the concept in its prompt something was made for; the first if that is unclear."""
     pieces, length = host.pieces_of(clip, origin.prompt)
     dropped = length - host.encode(clip, origin.prompt)[0][0].shape[1]
     for place in range(len(occurrences(origin.prompt, origin.concept))):
         if find_concept(pieces, origin.concept, place).shifted(-dropped).rows == origin.rows:
             return place
     return 0
+
+
+def _moved(clip: Any, origin: Provenance, words: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows (R, d) of the concept that something was made for, and (W, R, d) with each word put before it."""
+    if clip is None:
+        raise ElrondError("The CLIP input is empty: this checkpoint has no text encoder; load one separately.")
+    family = host.family_of(clip)
+    if origin.family and origin.family != family:
+        raise ElrondError(f"These directions were made for {origin.family}, but this text encoder is {family}'s.")
+    if not origin.prompt or not origin.concept:
+        raise ElrondError("These directions do not say which concept of which prompt they were made for.")
+    place = _occurrence(clip, origin)
+    bare = _rows(clip, origin.prompt, origin.concept, place)
+    update = host.progress(len(words))
+    moved = []
+    for word in words:
+        prompt = labels.put_before(origin.prompt, origin.concept, place, word)
+        # A phrase may hold the concept's own word.
+        moved.append(_rows(clip, prompt, origin.concept, place + len(occurrences(word, origin.concept))))
+        update(len(moved))
+    return bare, torch.stack(moved)
+
+
+class FitWords(io.ComfyNode):
+    """Gradients and CLIP to directions between words."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="ElrondFitWords",
+            display_name="Fit Word Directions (ELROND)",
+            category="ELROND",
+            description="Finds the pairs of words between which the images vary most, as directions with names: dark → "
+            "bright. Needs gradients with a response.",
+            inputs=[
+                GradientsIO.Input("gradients", tooltip="From Collect Gradients with response on."),
+                io.Clip.Input("clip", tooltip="The text encoder that the prompt was encoded with."),
+                _WORDS,
+                io.Float.Input(
+                    "significance",
+                    default=1.0,
+                    min=0.0,
+                    max=1e6,
+                    step=0.1,
+                    tooltip="Keep pairs whose change of the image varies naturally by more than this, in units of the "
+                    "variance of one latent value.",
+                ),
+                io.Int.Input("most", default=16, min=1, max=4096, tooltip="Keep no more directions than this."),
+            ],
+            outputs=[
+                DirectionsIO.Output(display_name="directions", tooltip="Named unit directions, the strongest first."),
+                io.String.Output(display_name="report", tooltip="The pairs, with how much the images vary along each."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, words: str | None = None) -> bool | str:
+        """Refuse what can be seen to be wrong before anything is computed."""
+        return verdict((labels.words_of, words))
+
+    @classmethod
+    def execute(cls, gradients: Gradients, clip: Any, words: str, significance: float, most: int) -> io.NodeOutput:
+        """Encode the concept with each word before it, and pair the words."""
+        tried = labels.words_of(words)
+        found = fit_words(
+            gradients, tried, *_moved(clip, gradients.provenance, tried), significance=significance, limit=most
+        )
+        return io.NodeOutput(found, "\n".join(found.lines()))
 
 
 class LabelDirections(io.ComfyNode):
@@ -51,13 +131,7 @@ class LabelDirections(io.ComfyNode):
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder that the directions were made with."),
                 DirectionsIO.Input("directions", tooltip="From a fit or Load Directions."),
-                io.String.Input(
-                    "words",
-                    default=labels.WORDS,
-                    multiline=True,
-                    tooltip="Words or phrases to try, separated by commas. Give many, of all kinds: what they have in "
-                    "common is left out.",
-                ),
+                _WORDS,
                 io.Float.Input(
                     "least",
                     default=0.1,
@@ -90,28 +164,11 @@ class LabelDirections(io.ComfyNode):
         cls, clip: Any, directions: Directions, words: str, least: float, replace: bool, names: str
     ) -> io.NodeOutput:
         """Encode the concept with each word before it, and compare."""
-        if clip is None:
-            raise ElrondError("The CLIP input is empty: this checkpoint has no text encoder; load one separately.")
-        origin = directions.provenance
-        family = host.family_of(clip)
-        if origin.family and origin.family != family:
-            raise ElrondError(f"These directions were made for {origin.family}, but this text encoder is {family}'s.")
-        if not origin.prompt or not origin.concept:
-            raise ElrondError("These directions do not say which concept of which prompt they were made for.")
         given = names.rstrip().splitlines()
         if len(given) > len(directions):
             raise ElrondError(f"There are {len(given)} names for {len(directions)} directions.")
         tried = labels.words_of(words)
-        place = _occurrence(clip, directions)
-        bare = _rows(clip, origin.prompt, origin.concept, place)
-        update = host.progress(len(tried))
-        moved = []
-        for word in tried:
-            prompt = labels.put_before(origin.prompt, origin.concept, place, word)
-            # A phrase may hold the concept's own word.
-            moved.append(_rows(clip, prompt, origin.concept, place + len(occurrences(word, origin.concept))))
-            update(len(moved))
-        found = labels.label(directions, tried, bare, torch.stack(moved))
+        found = labels.label(directions, tried, *_moved(clip, directions.provenance, tried))
         named = renamed(labels.labelled(directions, found, least, replace), given)
         lines = [
             f"{i}: {name or '(no name)'}   {entry.line()}"
@@ -120,4 +177,4 @@ class LabelDirections(io.ComfyNode):
         return io.NodeOutput(named, "\n".join(lines))
 
 
-NODES = [LabelDirections]
+NODES = [FitWords, LabelDirections]

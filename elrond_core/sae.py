@@ -28,6 +28,8 @@ _STEPS = 3000
 _WARM_UP = 0.03
 _COOL_DOWN = 0.4
 _AUX_WEIGHT = 1 / 32
+# Gradients of a batch that AuxK looks at: it normalises by what they leave, so that fewer cost time but not weight.
+_AUX_ROWS = 128
 _CHUNK = 4096
 
 
@@ -208,35 +210,47 @@ class _Trainer:
         parameters = (decoder.clone(), torch.zeros(latents).to(data), decoder, geometric_median(data))
         self.parameters = [value.requires_grad_(True) for value in parameters]
         self.encoder, self.encoder_bias, self.decoder, self.decoder_bias = self.parameters
-        self.adam = torch.optim.Adam(self.parameters, lr=learning_rate)
+        self.adam = torch.optim.Adam(self.parameters, lr=learning_rate, fused=True)
         self.step, self.end = 0, self.steps
         self.losses: list[float] = []
         self.idle = torch.zeros(latents, dtype=torch.int64, device=data.device)  # Steps since a latent last fired.
         self.order: tuple[int, torch.Tensor] | None = None
 
-    def encode(self, batch: torch.Tensor) -> torch.Tensor:
-        """Activations (B, latents) with at most k above zero each."""
-        return _top(torch.addmm(self.encoder_bias, batch - self.decoder_bias, self.encoder.T), self.k)
+    def before(self, batch: torch.Tensor) -> torch.Tensor:
+        """What the encoder makes of a batch (B, D) before TopK: W_enc (g - b_dec) + b_enc, (B, latents)."""
+        # The biases together, so that no gradient has to be taken for the whole batch to reach the decoder's.
+        bias = self.encoder_bias - self.encoder @ self.decoder_bias
+        return torch.addmm(bias, batch, self.encoder.T)
+
+    def decode(self, values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """The reconstruction (B, D) by the latents at `places`, active by `values`, both (B, k)."""
+        # Only the atoms that are active are looked at: with few of many that is much less than a product with all.
+        return torch.nn.functional.embedding_bag(places, self.decoder, per_sample_weights=values, mode="sum")
+
+    def loss(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The FVU of a batch (B, D), and what is minimised: that and AuxK; counts the steps latents have not fired."""
+        before = self.before(batch)
+        values, places = _top(before, self.k)
+        rest = batch - self.decoder_bias - self.decode(values, places)
+        fvu = rest.square().sum() / (len(batch) * self.variance)
+
+        self.idle += 1
+        self.idle[places[values > 0]] = 0
+        dead = (self.idle >= self.window).nonzero().squeeze(1)
+        if not len(dead):
+            return fvu, fvu
+        # AuxK: what the living leave, reconstructed by the dead alone.
+        wanted = rest[:_AUX_ROWS].detach()
+        before = before[:_AUX_ROWS].index_select(1, dead)
+        values, places = _top(before, min(len(dead), max(1, batch.shape[1] // 2)))
+        # Here so many are active that a product with all is the faster one.
+        found = torch.zeros_like(before).scatter(1, places, values) @ self.decoder.index_select(0, dead)
+        auxiliary = (wanted - found).square().sum() / wanted.square().sum().clamp_min(1e-12)
+        return fvu, fvu + _AUX_WEIGHT * auxiliary
 
     def advance(self) -> float:
         """One step of Adam; returns the batch's FVU."""
-        batch = self._batch()
-        active = self.encode(batch)
-        rest = batch - self.decoder_bias - active @ self.decoder
-        fvu = rest.square().sum(1).mean() / self.variance
-        loss = fvu
-
-        self.idle += 1
-        self.idle[(active > 0).any(0)] = 0
-        dead = (self.idle >= self.window).nonzero().squeeze(1)
-        if len(dead):
-            # AuxK: what the living leave, reconstructed by the dead alone.
-            wanted = rest.detach()
-            before = (batch - self.decoder_bias) @ self.encoder[dead].T + self.encoder_bias[dead]
-            found = _top(before, min(len(dead), max(1, batch.shape[1] // 2))) @ self.decoder[dead]
-            auxiliary = (wanted - found).square().sum() / wanted.square().sum().clamp_min(1e-12)
-            loss = loss + _AUX_WEIGHT * auxiliary
-
+        fvu, loss = self.loss(self._batch())
         for group in self.adam.param_groups:
             group["lr"] = self.learning_rate * self._rate()
         self.adam.zero_grad()
@@ -307,16 +321,16 @@ class _Trainer:
                 value.copy_(tensors[f"parameter{i}"])
                 if self.step:
                     self.adam.state[value] = {
-                        "step": torch.tensor(float(self.step)),
+                        "step": torch.tensor(float(self.step), device=value.device),
                         "exp_avg": tensors[f"first{i}"].to(value),
                         "exp_avg_sq": tensors[f"second{i}"].to(value),
                     }
 
 
-def _top(before: torch.Tensor, k: int) -> torch.Tensor:
-    """TopK(ReLU(before)); ReLU after TopK is the same, and k values are fewer than all."""
+def _top(before: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """TopK(ReLU(before)), values and places (B, k); ReLU after TopK is the same, and k values are fewer than all."""
     values, places = before.topk(k, dim=1, sorted=False)
-    return torch.zeros_like(before).scatter(1, places, values.relu())
+    return values.relu(), places
 
 
 @torch.no_grad()
@@ -328,12 +342,13 @@ def _finish(
     fired = torch.zeros(latents, dtype=torch.float64)
     energy, rest, total = torch.zeros(latents, dtype=torch.float64), 0.0, 0.0
     for batch in trainer.data.split(_CHUNK):
-        active = trainer.encode(batch)
+        values, places = _top(trainer.before(batch), trainer.k)
         centred = batch - trainer.decoder_bias
-        rest += float((centred - active @ trainer.decoder).double().square().sum())
+        rest += float((centred - trainer.decode(values, places)).double().square().sum())
         total += float(centred.double().square().sum())
-        fired += (active > 0).sum(0).double().cpu()
-        energy += active.double().square().sum(0).cpu()
+        values, places = values.flatten().cpu(), places.flatten().cpu()
+        fired += places[values > 0].bincount(minlength=latents)
+        energy += places.bincount(values.double().square(), minlength=latents)
     log_densities = (fired / count).log10()
     low, high = density_range
     kept = ((log_densities > low) & (log_densities < high)).nonzero().squeeze(1)

@@ -8,7 +8,7 @@ import torch
 from elrond_core.errors import ElrondError
 from elrond_core.gradients import Gradients
 from elrond_core.provenance import Provenance
-from elrond_core.sae import geometric_median, train_sae
+from elrond_core.sae import _AUX_ROWS, _AUX_WEIGHT, _Trainer, geometric_median, train_sae
 
 
 def gradients(vectors: torch.Tensor) -> Gradients:
@@ -105,6 +105,41 @@ def test_stops_when_nothing_improves() -> None:
     assert "stopped early" in report.lines()[-1]
     _, patient = train_sae(gradients(noise), latents=32, k=16, epochs=500, batch_size=64, patience=0)
     assert not patient.stopped and len(patient.losses) == 500
+
+
+def test_losses_and_their_gradients_are_those_of_the_plain_formulas() -> None:
+    batch = sparse(count=300)[1].flatten(1).double()
+    trainer = _Trainer(batch, 0.7, 40, 3, None, 1e-3, 300, 0, 5)
+    with torch.no_grad():
+        for parameter in trainer.parameters:
+            parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).double()
+    trainer.idle[5:30] = 10_000
+
+    def top(before: torch.Tensor, k: int) -> torch.Tensor:
+        values, places = before.relu().topk(k, dim=1)
+        return torch.zeros_like(before).scatter(1, places, values)
+
+    encoder, encoder_bias, decoder, decoder_bias = (
+        value.detach().clone().requires_grad_() for value in trainer.parameters
+    )
+    before = (batch - decoder_bias) @ encoder.T + encoder_bias
+    active = top(before, 3)
+    rest = batch - (active @ decoder + decoder_bias)
+    plain = rest.square().sum(1).mean() / 0.7
+    dead = torch.zeros(40, dtype=torch.bool)
+    dead[5:30] = True
+    dead &= ~(active > 0).any(0)
+    wanted = rest[:_AUX_ROWS].detach()
+    found = top(before[:_AUX_ROWS, dead], min(int(dead.sum()), 16)) @ decoder[dead]
+    whole = plain + _AUX_WEIGHT * (wanted - found).square().sum() / wanted.square().sum()
+    whole.backward()
+
+    fvu, loss = trainer.loss(batch)
+    loss.backward()
+    assert dead.any() and torch.equal(trainer.idle > 9999, dead)
+    assert torch.allclose(fvu, plain) and torch.allclose(loss, whole)
+    for parameter, other in zip(trainer.parameters, (encoder, encoder_bias, decoder, decoder_bias), strict=True):
+        assert torch.allclose(parameter.grad, other.grad)
 
 
 def test_geometric_median_shrugs_off_outliers() -> None:

@@ -93,6 +93,7 @@ def merge(first: Directions, second: Directions) -> Directions:
         names=first.names + second.names,
         stars=first.stars + second.stars,
         reach=first.reach + second.reach if first.reach and second.reach else (),
+        densities=first.densities + second.densities if first.densities and second.densities else (),
     )
 
 
@@ -106,6 +107,7 @@ def subset(directions: Directions, indices: Sequence[int]) -> Directions:
         names=tuple(directions.names[i] for i in chosen),
         stars=tuple(directions.stars[i] for i in chosen),
         reach=tuple(directions.reach[i] for i in chosen) if directions.reach else (),
+        densities=tuple(directions.densities[i] for i in chosen) if directions.densities else (),
     )
 
 
@@ -156,8 +158,9 @@ def orthogonalised(directions: Directions) -> Directions:
         directions,
         vectors=torch.stack(basis).float().reshape(directions.vectors.shape),
         method={**directions.method, "orthogonalised": "yes"},
-        # What is left of a direction reaches elsewhere.
+        # What is left of a direction reaches elsewhere, and is no latent.
         reach=(),
+        densities=(),
     )
 
 

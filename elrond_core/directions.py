@@ -17,7 +17,7 @@ class Directions:
 
     Attributes:
         vectors: float32, (K, R, d): K directions over the R rows of the concept, each of unit norm over R·d.
-        scores: float32, (K,): what the method ranks by (explained variance ratio, firing density, …).
+        scores: float32, (K,): what the method ranks by (explained variance ratio, share of gradient energy, …).
         method: the method's name and settings, such as {"name": "pca", "significance": "2.5"}.
         provenance: where they come from.
         names: one name a direction; empty where nobody gave one.
@@ -25,6 +25,8 @@ class Directions:
         stars: one mark a direction.
         reach: how far the model's own images lie along each direction: the standard deviation of the steps that would
             turn the mean image into them, in the embedding's units; empty where it is not known.
+        densities: the share of the gradients that activate each direction, if it is a latent of a sparse autoencoder
+            (its firing density, 0 to 1); empty if not.
     """
 
     vectors: torch.Tensor
@@ -35,6 +37,7 @@ class Directions:
     score_name: str = "score"
     stars: tuple[bool, ...] = field(default=())
     reach: tuple[float, ...] = ()
+    densities: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.vectors.ndim != 3 or self.scores.shape != self.vectors.shape[:1]:
@@ -47,8 +50,9 @@ class Directions:
                 object.__setattr__(self, name, (default,) * len(self.vectors))
             elif len(getattr(self, name)) != len(self.vectors):
                 raise ElrondError(f"{len(self.vectors)} directions need as many {name}.")
-        if self.reach and len(self.reach) != len(self.vectors):
-            raise ElrondError(f"{len(self.vectors)} directions need as many numbers of reach, or none.")
+        for name in ("reach", "densities"):
+            if len(getattr(self, name)) not in (0, len(self.vectors)):
+                raise ElrondError(f"{len(self.vectors)} directions need as many numbers of {name}, or none.")
 
     def __len__(self) -> int:
         return len(self.vectors)

@@ -42,7 +42,7 @@ _LAYOUTS: dict[str, dict[str, tuple[str, str]]] = {
 _COMMON = {"format_version", "kind", "project_version", "family", "d", "rows", "prompt", "concept", "tokens"}
 _COMMON |= {"token_norm", "sigma", "count", "seed", "host"}
 # Files of earlier releases lack them.
-_OPTIONAL = {"latent_values", "reach"}
+_OPTIONAL = {"latent_values", "reach", "densities"}
 # Only where there are several noise levels.
 _OPTIONAL_TENSORS = {"response_sigma"}
 _KEYS = {
@@ -65,6 +65,7 @@ def save_directions(directions: Directions, path: Path) -> None:
         "names": json.dumps(directions.names),
         "stars": json.dumps(directions.stars),
         "reach": json.dumps(directions.reach),
+        "densities": json.dumps(directions.densities),
     }
     tensors = {"vectors": directions.vectors.float(), "scores": directions.scores.float()}
     _write(path, "directions", tensors, metadata, directions.provenance, directions.width)
@@ -87,12 +88,14 @@ def load_directions(path: Path, *, family: str | None = None, width: int | None 
     count = len(tensors["vectors"])
     method = _decode(metadata, "method", path)
     names, stars = _decode(metadata, "names", path), _decode(metadata, "stars", path)
-    reach = _decode(metadata, "reach", path) if "reach" in metadata else []
+    reach, densities = (_decode(metadata, key, path) if key in metadata else [] for key in ("reach", "densities"))
     good = isinstance(method, dict) and all(isinstance(value, str) for value in method.values())
     good = good and _list_of(names, str, count) and _list_of(stars, bool, count)
-    good = good and (reach == [] or _list_of(reach, float, count))
-    if not (good and all(0 <= length < math.inf for length in reach)):
-        raise ElrondError(f"{path.name} has a method, names, stars or reach that do not fit its {count} directions.")
+    good = good and all(numbers == [] or _list_of(numbers, float, count) for numbers in (reach, densities))
+    if not (good and all(0 <= length < math.inf for length in reach) and all(0 <= share <= 1 for share in densities)):
+        raise ElrondError(
+            f"{path.name} has a method, names, stars, reach or densities that do not fit its {count} directions."
+        )
     return Directions(
         vectors=tensors["vectors"],
         scores=tensors["scores"],
@@ -102,6 +105,7 @@ def load_directions(path: Path, *, family: str | None = None, width: int | None 
         score_name=metadata["score_name"],
         stars=tuple(stars),
         reach=tuple(reach),
+        densities=tuple(densities),
     )
 
 

@@ -372,6 +372,7 @@ def _finish(
         method=method,
         provenance=gradients.provenance,
         score_name="share of gradient energy",
+        densities=tuple((fired[kept] / count).tolist()),
     )
     report = SAEReport(
         fvu=rest / (trainer.variance * count),

@@ -51,6 +51,7 @@ def steer(conditioning: torch.Tensor, rows: tuple[int, ...], change: torch.Tenso
 
 
 RANDOM, SPREAD, NATURAL = WAYS = ("random", "spread", "natural")
+EQUAL, BY_SCORE, BY_DENSITY = WEIGHTS = ("equal", "by score", "by firing density")
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def draw_steps(
     leading: int = 0,
     both_signs: bool = True,
     how: str = RANDOM,
-    by_score: bool = False,
+    weigh: str = EQUAL,
 ) -> list[Draw]:
     """Draw a steering step an image.
 
@@ -99,14 +100,17 @@ def draw_steps(
         leading: draw from so many leading directions only; 0 means all.
         both_signs: flip the sign of each draw with probability one half.
         how: one of `WAYS`.
-        by_score: pick directions in proportion to their scores, and scale their parts in a mix by the scores' roots
-            (for explained variances: by how far the model itself varies them).
+        weigh: one of `WEIGHTS`. By score or by firing density, directions are picked in proportion to it, and their
+            parts in a mix scaled by its root (for explained variances: by how far the model itself varies them).
 
     Raises:
-        ElrondError: if a number is out of range, no score is positive, or the reach of the directions is not known.
+        ElrondError: if a number is out of range, no direction weighs anything, or the reach or the densities of the
+            directions are needed and not known.
     """
     if how not in WAYS:
         raise ElrondError(f"Steps are drawn in one of the ways {', '.join(WAYS)}, not {how!r}.")
+    if weigh not in WEIGHTS:
+        raise ElrondError(f"Directions are weighed in one of the ways {', '.join(WEIGHTS)}, not {weigh!r}.")
     pool = min(leading, len(directions)) if leading else len(directions)
     if count < 1:
         raise ElrondError(f"The number of images must be at least 1, got {count}.")
@@ -118,12 +122,13 @@ def draw_steps(
                 "them in another way."
             )
         scales = torch.tensor(directions.reach[:pool], dtype=torch.float64)
-    scores = directions.scores[:pool].double().clamp_min(0) if by_score else torch.ones(pool, dtype=torch.float64)
-    usable = int((scores > 0).sum())
+    shares = _shares(directions, weigh)[:pool]
+    usable = int((shares > 0).sum())
     if not usable:
-        raise ElrondError("No direction of this set has a positive score to weigh it by; weigh them equally.")
+        what = "firing density" if weigh == BY_DENSITY else "score"
+        raise ElrondError(f"No direction of this set has a positive {what} to weigh it by; weigh them equally.")
     if how != RANDOM:
-        place, weights = _spread(scales if how == NATURAL else scores.sqrt(), count, seed, both_signs)
+        place, weights = _spread(scales if how == NATURAL else shares.sqrt(), count, seed, both_signs)
         strengths = lowest + (highest - lowest) * place
         if how == NATURAL:
             # The strength of a draw is the length of its step, and directions need not be at right angles.
@@ -136,11 +141,11 @@ def draw_steps(
     draws = []
     for i in range(count):
         g = generator(seed, "diversify", i)
-        if by_score:
-            chosen = torch.multinomial(scores, mix, generator=g).tolist()
-        else:
+        if weigh == EQUAL:
             chosen = torch.randperm(pool, generator=g)[:mix].tolist()
-        weights = torch.ones(mix) if mix == 1 else torch.randn(mix, generator=g) * scores[chosen].sqrt().float()
+        else:
+            chosen = torch.multinomial(shares, mix, generator=g).tolist()
+        weights = torch.ones(mix) if mix == 1 else torch.randn(mix, generator=g) * shares[chosen].sqrt().float()
         strength = lowest + (highest - lowest) * float(torch.rand(1, generator=g))
         flip = both_signs and bool(torch.rand(1, generator=g) < 0.5)
         draws.append(Draw(tuple(chosen), tuple(weights.tolist()), -strength if flip else strength))
@@ -167,6 +172,20 @@ def check_share(start: float, end: float) -> None:
     """
     if not 0 <= start < end <= 1:
         raise ElrondError(f"Steering must start before it ends, between 0 and 1, not from {start} to {end}.")
+
+
+def _shares(directions: Directions, weigh: str) -> torch.Tensor:
+    """What the directions weigh, float64 (K,), each at least 0."""
+    if weigh == EQUAL:
+        return torch.ones(len(directions), dtype=torch.float64)
+    if weigh == BY_SCORE:
+        return directions.scores.double().clamp_min(0)
+    if not directions.densities:
+        raise ElrondError(
+            "These directions have no firing densities to weigh them by: take those of Train SAE, or weigh them in "
+            "another way."
+        )
+    return torch.tensor(directions.densities, dtype=torch.float64)
 
 
 def _spread(scales: torch.Tensor, count: int, seed: int, both_signs: bool) -> tuple[torch.Tensor, torch.Tensor]:

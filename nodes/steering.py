@@ -11,9 +11,11 @@ from ..elrond_core.compose import strengths_of
 from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.steering import (
+    EQUAL,
     NATURAL,
     RANDOM,
     WAYS,
+    WEIGHTS,
     Draw,
     change_of,
     check_share,
@@ -25,7 +27,6 @@ from ..elrond_core.tokens import Concept
 from . import host
 from .types import ABSOLUTE, CONCEPT_INPUT, RELATIVE, UNIT_INPUT, DirectionsIO, seed_input, verdict
 
-_EQUAL, _BY_SCORE = "equal", "by score"
 _START = io.Float.Input(
     "start", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Share of the sampling at which steering starts."
 )
@@ -188,11 +189,11 @@ class Diversify(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "weights",
-                    options=[_EQUAL, _BY_SCORE],
-                    default=_EQUAL,
+                    options=list(WEIGHTS),
+                    default=EQUAL,
                     optional=True,
                     tooltip="equal: all directions alike. by score: those with high scores more often, or with a "
-                    "larger part in a mix.",
+                    "larger part in a mix. by firing density: those of Train SAE that occur in more gradients.",
                 ),
                 _MASK,
             ],
@@ -230,7 +231,7 @@ class Diversify(io.ComfyNode):
         end: float,
         concept: str,
         how: str = RANDOM,
-        weights: str = _EQUAL,
+        weights: str = EQUAL,
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         """Draw and steer."""
@@ -246,7 +247,7 @@ class Diversify(io.ComfyNode):
             leading,
             both_signs,
             how,
-            by_score=weights == _BY_SCORE,
+            weights,
         )
         changes = torch.stack([change_of(directions, draw) for draw in draws])
 

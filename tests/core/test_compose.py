@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -27,6 +29,11 @@ def directions(count: int = 4, rows: int = 2, width: int = 8, family: str = "Dem
     vectors = torch.nn.functional.normalize(flat, dim=1).reshape(count, rows, width)
     names = ("colour", *[""] * (count - 1))
     return Directions(vectors, torch.arange(count, 0, -1).float(), {"name": "pca"}, Provenance(family), names)
+
+
+def numbered(count: int) -> Directions:
+    numbers = tuple(i / 8 for i in range(count))
+    return replace(directions(count), reach=numbers, densities=numbers[::-1])
 
 
 @pytest.mark.parametrize(
@@ -75,6 +82,29 @@ def test_a_subset_keeps_what_belongs_together() -> None:
     assert torch.equal(some.vectors, whole.vectors[[2, 0]])
     assert (some.scores.tolist(), some.names) == ([2.0, 4.0], ("", "colour"))
     assert some.digest(1) == whole.digest(0)
+
+
+def test_reach_and_densities_stay_with_their_directions() -> None:
+    some = subset(numbered(4), [2, 0])
+    assert (some.reach, some.densities) == ((0.25, 0.0), (0.125, 0.375))
+    both = merge(numbered(2), numbered(1))
+    assert (both.reach, both.densities) == ((0.0, 0.125, 0.0), (0.125, 0.0, 0.0))
+    assert renamed(both, ["a"]).densities == both.densities
+    # What is not known of all is known of none, and what makes other directions leaves nothing.
+    for lost in (
+        merge(numbered(2), directions(1)),
+        merge(directions(1), numbered(2)),
+        subset(directions(), [1]),
+        orthogonalised(numbered(2)),
+        weighted_sum(numbered(2), [1.0, 2.0]),
+    ):
+        assert lost.reach == lost.densities == ()
+
+
+@pytest.mark.parametrize("name", ["reach", "densities"])
+def test_numbers_are_one_a_direction_or_none(name: str) -> None:
+    with pytest.raises(ElrondError, match=f"4 directions need as many numbers of {name}, or none"):
+        replace(directions(), **{name: (0.5,)})
 
 
 def test_a_weighted_sum_is_a_unit_mix(tmp_path) -> None:

@@ -36,8 +36,9 @@ def directions() -> Directions:
     vectors = torch.eye(12)[:4].reshape(4, 3, 4)
     method = {"name": "pca", "significance": "2.5"}
     names, stars = ("hue", "", "größe", ""), (True, False, False, True)
-    reach = (4.5, 3.0, 0.25, 0.0)
-    return Directions(vectors, torch.tensor([0.4, 0.3, 0.2, 0.05]), method, HERE, names, "share", stars, reach)
+    reach, densities = (4.5, 3.0, 0.25, 0.0), (1.0, 0.125, 1e-4, 0.0)
+    scores = torch.tensor([0.4, 0.3, 0.2, 0.05])
+    return Directions(vectors, scores, method, HERE, names, "share", stars, reach, densities)
 
 
 def gradients() -> Gradients:
@@ -65,6 +66,14 @@ def test_directions_round_trip(tmp_path: Path) -> None:
     assert names(path.parent) == ["monster.safetensors"]
 
 
+def test_what_is_not_known_of_directions_is_not_known_afterwards(tmp_path: Path) -> None:
+    unknown = replace(directions(), reach=(), densities=())
+    files.save_directions(unknown, tmp_path / "d")
+    same(unknown, files.load_directions(tmp_path / "d"))
+    rewritten(tmp_path / "d", reach=None, densities=None)
+    same(unknown, files.load_directions(tmp_path / "d"))
+
+
 def test_gradients_round_trip(tmp_path: Path) -> None:
     files.save_gradients(gradients(), tmp_path / "g")
     same(gradients(), files.load_gradients(tmp_path / "g"))
@@ -83,8 +92,8 @@ def test_moments_round_trip(tmp_path: Path) -> None:
 
 
 def test_golden_files_stay_readable() -> None:
-    # The file is from before directions had a reach.
-    old = replace(directions(), reach=())
+    # The file is from before directions had a reach and densities.
+    old = replace(directions(), reach=(), densities=())
     same(old, files.load_directions(GOLDEN / "directions-1.safetensors", family="SDXL", width=4))
     same(gradients(), files.load_gradients(GOLDEN / "gradients-1.safetensors"))
     same(Moments.of(gradients()), files.load_moments(GOLDEN / "moments-1.safetensors"))
@@ -164,6 +173,10 @@ def rewritten(path: Path, tensors: dict | None = None, **metadata: str | None) -
         ({"reach": "[1.0, 2.0]"}, "do not fit its 4 directions"),
         ({"reach": "[1.0, 2.0, 3.0, -1.0]"}, "do not fit its 4 directions"),
         ({"reach": "[1.0, 2.0, 3.0, 1e999]"}, "do not fit its 4 directions"),
+        ({"densities": "[0.5, 0.5]"}, "do not fit its 4 directions"),
+        ({"densities": "[0.5, 0.5, 0.5, 1.5]"}, "do not fit its 4 directions"),
+        ({"densities": "[0.5, 0.5, 0.5, NaN]"}, "do not fit its 4 directions"),
+        ({"densities": "null"}, "do not fit its 4 directions"),
         ({"method": '{"k": 32}'}, "do not fit its 4 directions"),
         ({"method": '"pca"'}, "do not fit its 4 directions"),
     ],

@@ -45,6 +45,7 @@ def test_report_and_directions_agree() -> None:
     assert (directions.scores.diff() <= 0).all()
     density = report.log_densities[report.kept]
     assert ((density > -2.0) & (density < -0.5)).all()
+    torch.testing.assert_close(torch.tensor(directions.densities), 10**density)
     outside = torch.ones(60, dtype=torch.bool)
     outside[report.kept] = False
     assert not ((report.log_densities > -2.0) & (report.log_densities < -0.5))[outside].any()

@@ -10,6 +10,7 @@ from . import (
     diversity,
     files,
     gradients,
+    host,
     labels,
     locality,
     realizations,
@@ -33,3 +34,5 @@ NODES = [
     *files.NODES,
     *demo_model.NODES,
 ]
+
+host.make_folders()

@@ -75,8 +75,7 @@ class EncodeConcept(io.ComfyNode):
         if row:
             found = [c.only(row - 1) for c in found]
         conditioning = host.encode(clip, plain)
-        # An encoder that drops a chat template from the front returns fewer rows than tokens.
-        dropped = length - conditioning[0][0].shape[1]
+        dropped = host.dropped_rows(length, conditioning)
         concepts = [c.shifted(-dropped) for c in found]
         lines = [f"prompt: {plain}"]
         lines += [f"concept {c.word!r}: tokens {' '.join(c.tokens)}, rows {list(c.rows)}" for c in concepts]

@@ -77,8 +77,6 @@ class MeasureDiversity(io.ComfyNode):
             found = diversity.of_pixels(images)
         else:
             features = host.image_features(clip_vision, images)
-            # SigLIP gives a row a patch.
-            features = features.mean(1) if features.ndim == 3 else features
             found = diversity.of_features(features)
         lines, mean = found.lines(), 0.0
         if wanted is not None:

@@ -169,6 +169,14 @@ def encode(clip: Any, prompt: str) -> Conditioning:
     return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
 
 
+def dropped_rows(length: int, conditioning: Conditioning) -> int:
+    """How many of a prompt's `length` tokens, all at its front, have no row in its conditioning.
+
+    An encoder that drops a chat template returns fewer rows than tokens. Rows that one appends move none of the others.
+    """
+    return max(0, length - conditioning[0][0].shape[1])
+
+
 def mark(
     conditioning: Conditioning, family: str, prompt: str, concepts: list[Concept], words: tuple[int, ...] = ()
 ) -> Conditioning:
@@ -298,7 +306,7 @@ def sigma_of(model: Any, noise_level: float) -> float:
 
 
 def progress(total: int, model: Any = None) -> Callable[..., None]:
-    """ComfyUI's progress bar; each call also stops the work if the user cancelled it.
+    """ComfyUI's progress bar, one for all of a piece of work; each call also stops it if the user cancelled it.
 
     With a MODEL, latents of it that are handed on as the second argument are shown as the host shows those it samples.
     """
@@ -306,7 +314,7 @@ def progress(total: int, model: Any = None) -> Callable[..., None]:
     # Only its previewer is used: its own progress bar counts from where the work starts.
     shown = latent_preview.get_previewer(model.load_device, model.model.latent_format) if model is not None else None
 
-    def update(done: int, latents: torch.Tensor | None = None) -> None:
+    def update(done: float, latents: torch.Tensor | None = None) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         picture = shown.decode_latent_to_preview_image("JPEG", latents) if shown and latents is not None else None
         bar.update_absolute(done, total, picture)
@@ -348,10 +356,12 @@ def sample(
     sampler: str,
     scheduler: str,
     alike: bool = False,
+    on_step: Callable[[float, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """Sample a batch of realizations from pure noise; realization `first + i` depends on (seed, first + i) only.
 
-    With `alike`, every image of the batch starts from the noise of realization `first`.
+    With `alike`, every image of the batch starts from the noise of realization `first`. After each step `on_step` is
+    told how many images that makes of the batch, in parts of images, and is shown the clean estimates.
     """
     indices = [first] * len(latents) if alike else list(range(first, first + len(latents)))
     noise = normal(tuple(latents.shape[1:]), seed, "realization", indices)
@@ -359,6 +369,11 @@ def sample(
     sigmas = settings.sigmas
     how = comfy.samplers.sampler_object(sampler)
     _per_sample_noise(how, noise, sigmas, seed, indices, model.load_device)
+
+    def callback(step: int, estimate: torch.Tensor, noisy: torch.Tensor, steps: int) -> None:
+        if on_step is not None:
+            on_step(len(latents) * min(1.0, (step + 1) / steps), estimate)
+
     return comfy.sample.sample_custom(
         model,
         noise,
@@ -368,7 +383,7 @@ def sample(
         positive,
         negative if negative is not None else positive,
         latents,
-        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+        callback=callback,
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
@@ -868,11 +883,23 @@ def output_folder() -> Path:
     return Path(folder_paths.get_output_directory()) / "elrond"
 
 
+def _models_folder() -> Path:
+    """`models/elrond`, where the host looks for it too, beside folders that the user named in its settings."""
+    models = Path(folder_paths.models_dir) / "elrond"
+    folder_paths.add_model_folder_path("elrond", str(models))
+    return models
+
+
+def make_folders() -> None:
+    """Make `models/elrond/directions` and `models/elrond/gradients`, for people to put files into, if that may be."""
+    for kind in ("directions", "gradients"):
+        with contextlib.suppress(OSError):
+            (_models_folder() / kind).mkdir(parents=True, exist_ok=True)
+
+
 def file_folders() -> list[Path]:
     """Where the pack looks for its files: `models/elrond`, what was saved, what ships with the demo model."""
-    models = Path(folder_paths.models_dir) / "elrond"
-    if "elrond" not in folder_paths.folder_names_and_paths:
-        folder_paths.add_model_folder_path("elrond", str(models))
+    _models_folder()
     shipped = Path(__file__).parents[1] / "demo"
     return [*(Path(p) for p in folder_paths.get_folder_paths("elrond")), output_folder(), shipped]
 
@@ -885,11 +912,13 @@ def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
 
 
 def image_features(encoder: Any, images: torch.Tensor, batch_size: int = 32) -> torch.Tensor:
-    """Float32 (N, F) features of images (N, H, W, 3) by a CLIP_VISION: CLIP, SigLIP or DINOv2."""
+    """Float32 (N, F) features of images (N, H, W, 3) by a CLIP_VISION: CLIP, SigLIP (their mean) or DINOv2."""
     update = progress(len(images))
     found = []
     for first in range(0, len(images), batch_size):
-        found.append(encoder.encode_image(images[first : first + batch_size])["image_embeds"].float().cpu())
+        features = encoder.encode_image(images[first : first + batch_size])["image_embeds"].float().cpu()
+        # SigLIP gives a row a patch.
+        found.append(features.mean(1) if features.ndim == 3 else features)
         update(min(first + batch_size, len(images)))
     return torch.cat(found)
 

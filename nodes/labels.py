@@ -31,18 +31,18 @@ _WORDS = io.String.Input(
 def _rows(clip: Any, prompt: str, concept: str, occurrence: int) -> torch.Tensor:
     """(R, d) the rows of one occurrence of a concept in a prompt."""
     pieces, length = host.pieces_of(clip, prompt)
-    encoded = host.encode(clip, prompt)[0][0]
-    # An encoder that drops a chat template from the front returns fewer rows than tokens.
-    found = find_concept(pieces, concept, occurrence).shifted(encoded.shape[1] - length)
-    return encoded[0, list(found.rows)].float().cpu()
+    conditioning = host.encode(clip, prompt)
+    found = find_concept(pieces, concept, occurrence).shifted(-host.dropped_rows(length, conditioning))
+    return conditioning[0][0][0, list(found.rows)].float().cpu()
 
 
 def _occurrence(clip: Any, origin: Provenance) -> int:
     """Which occurrence of the concept in its prompt something was made for; the first if that is unclear."""
     pieces, length = host.pieces_of(clip, origin.prompt)
-    dropped = length - host.encode(clip, origin.prompt)[0][0].shape[1]
+    dropped = host.dropped_rows(length, host.encode(clip, origin.prompt))
     for place in range(len(occurrences(origin.prompt, origin.concept))):
-        if find_concept(pieces, origin.concept, place).shifted(-dropped).rows == origin.rows:
+        # They may be for a single one of its rows.
+        if set(origin.rows) <= set(find_concept(pieces, origin.concept, place).shifted(-dropped).rows):
             return place
     return 0
 

@@ -83,14 +83,28 @@ class SampleRealizations(io.ComfyNode):
         # Sampled again, they might differ in the last bit, and no collection from them could go on.
         settings = (width, height, count, batch_size, seed, steps, cfg, sampler_name, scheduler)
         shards = host.open_shards(model, positive, negative, "realizations", settings)
-        update = host.progress(count)
+        update = host.progress(count, model)
+
+        def on_step(some: float, seen: torch.Tensor) -> None:
+            update(first + some, seen)
+
         done = []
         for number, first in enumerate(range(0, count, batch_size)):
             kept = shards.get(number) if shards is not None else None
             if kept is None:
                 empty = host.empty_latent(model, width, height, min(batch_size, count - first))
                 latents = host.sample(
-                    model, positive, negative, empty, first, seed, steps, cfg, sampler_name, scheduler
+                    model,
+                    positive,
+                    negative,
+                    empty,
+                    first,
+                    seed,
+                    steps,
+                    cfg,
+                    sampler_name,
+                    scheduler,
+                    on_step=on_step,
                 )
                 kept = {"samples": latents.cpu().contiguous()}
                 if shards is not None:

@@ -132,16 +132,27 @@ class DirectionSweep(io.ComfyNode):
         # All rows are steered before the first is sampled, so that what does not fit is said at once.
         steered = [_steered(positive, directions, i, strengths.split(batch_size), unit, concept) for i in indices]
         word = concept_and_norm(host.marked(positive)[1], directions, concept)[0].word
-        update = host.progress(len(indices) * columns)
+        update = host.progress(len(indices) * columns, model)
         images: list[torch.Tensor] = []
         for index, row in zip(indices, steered, strict=True):
             first = len(images)
             for conditioning, some in zip(row, strengths.split(batch_size), strict=True):
                 empty = host.empty_latent(model, width, height, len(some))
                 latents = host.sample(
-                    model, conditioning, negative, empty, 0, seed, steps, cfg, sampler_name, scheduler, alike=True
+                    model,
+                    conditioning,
+                    negative,
+                    empty,
+                    0,
+                    seed,
+                    steps,
+                    cfg,
+                    sampler_name,
+                    scheduler,
+                    alike=True,
+                    on_step=lambda done, seen: update(len(images) + done, seen),
                 )
-                images += host.decode(vae, latents).cpu()
+                images.extend(host.decode(vae, latents).cpu())
                 update(len(images))
             if thumbnails:
                 ends = [images[first], images[(first + len(images) - 1) // 2], images[-1]]

@@ -17,9 +17,12 @@ import torch
 from comfyui_elrond.elrond_core.directions import Directions
 from comfyui_elrond.elrond_core.errors import ElrondError
 from comfyui_elrond.elrond_core.files import load_directions
+from comfyui_elrond.elrond_core.gradients import Gradients
 from comfyui_elrond.elrond_core.provenance import Provenance
-from comfyui_elrond.nodes import host, routes
+from comfyui_elrond.nodes import host, labels, routes
 from PIL import Image
+
+from demo.captions import WORDS
 
 SHIPPED = Path(__file__).parents[2] / "demo" / "directions" / "demo thing.safetensors"
 
@@ -114,6 +117,7 @@ def test_impossible_ranges_are_refused_before_the_graph_runs(nodes: dict[str, An
         ("EncodeConcept", {"prompt": "a thing", "concept": " "}, "Name the concept"),
         ("TrainSAE", {"lowest_density": -1.0, "highest_density": -2.0}, "densities must go from low to high"),
         ("LabelDirections", {"words": "red"}, "at least two words"),
+        ("FitWords", {"words": "red"}, "at least two words"),
     ):
         check = nodes[f"Elrond{name}"].validate_inputs
         assert sentence in check(**bad), name
@@ -178,13 +182,85 @@ def test_labels_of_directions_that_words_make(nodes: dict[str, Any], teacher: Si
         run(teacher.clip, one, "a, b", 0.1, False, "x\ny")
 
 
-def test_labels_look_at_the_occurrence_the_directions_are_for(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
-    from comfyui_elrond.nodes.labels import _occurrence
-
-    origin = Provenance("Demo", "a thing and a thing", "thing", ("thing",), (5,))
-    directions = Directions(torch.eye(128)[:1, None], torch.ones(1), {}, origin)
+@pytest.mark.parametrize(
+    ("rows", "place"), [((2, 3), 0), ((6, 7), 1), ((2,), 0), ((6,), 1), ((7,), 1), ((3, 7), 0), ((), 0)]
+)
+def test_labels_look_at_the_occurrence_the_directions_are_for(
+    teacher: SimpleNamespace, rows: tuple[int, ...], place: int
+) -> None:
+    """All rows of it, or a single one; the first where that is unclear."""
+    origin = Provenance("Demo", "a red thing and a red thing", "red thing", rows=rows)
     with torch.inference_mode():
-        assert _occurrence(teacher.clip, directions) == 1
+        assert labels._occurrence(teacher.clip, origin) == place
+
+
+def test_rows_that_an_encoder_appends_move_no_concept(
+    nodes: dict[str, Any], teacher: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found() -> tuple[Any, ...]:
+        with torch.inference_mode():
+            marked = nodes["ElrondEncodeConcept"].execute(teacher.clip, "a thing and a [thing]", "", 1).args[0]
+            memory = host.marked(marked)[1]
+            origin = Provenance("Demo", "a thing and a thing", "thing", rows=memory["concepts"][0].rows)
+            rows = labels._rows(teacher.clip, "a thing and a thing", "thing", 1)
+            return memory["concepts"], memory["words"], labels._occurrence(teacher.clip, origin), rows.tolist()
+
+    expected, usual = found(), host.encode
+
+    def longer(clip: Any, prompt: str) -> Any:
+        return [[torch.nn.functional.pad(rows, (0, 0, 0, 3)), options] for rows, options in usual(clip, prompt)]
+
+    monkeypatch.setattr(host, "encode", longer)
+    assert found() == expected and expected[2] == 1
+
+
+@pytest.fixture(scope="module")
+def gradients(nodes: dict[str, Any], teacher: SimpleNamespace) -> Gradients:
+    with torch.inference_mode():
+        run = nodes["ElrondCollectGradients"].execute
+        settings = {"count": 24, "noise_level": 1.0, "batch_size": 8, "seed": 5, "response": True}
+        return run(teacher.model, teacher.positive, teacher.realizations, **settings).args[0]
+
+
+def test_directions_between_words_are_kept_and_steer(
+    nodes: dict[str, Any], teacher: SimpleNamespace, gradients: Gradients
+) -> None:
+    words = [word for some in WORDS.values() for word in some]
+    with torch.inference_mode():
+        found, report = nodes["ElrondFitWords"].execute(gradients, teacher.clip, ", ".join(words), 0.0, 3).args
+    ends = [name.split(" → ") for name in found.names]
+    assert 1 <= len(found) <= 3 and {len(pair) for pair in ends} == {2}
+    used = [word for pair in ends for word in pair]
+    assert set(used) <= set(words) and len(set(used)) == len(used)
+    assert all(words.index(first) < words.index(second) for first, second in ends)
+    assert [line.split("  ")[0] for line in report.splitlines()] == [f"{i}: {n}" for i, n in enumerate(found.names)]
+
+    saved = nodes["ElrondSaveDirections"].execute(found, "words", True).args[1]
+    loaded = nodes["ElrondLoadDirections"].execute(saved).args[0]
+    assert loaded.names == found.names and loaded.reach == found.reach
+    torch.testing.assert_close(loaded.vectors, found.vectors)
+
+    row, plain = teacher.positive[0][1][host.MARK]["concepts"][0].rows[0], teacher.positive[0][0][0]
+    steered = nodes["ElrondApplyDirection"].execute(teacher.positive, loaded, 0, 2.0, "absolute", 0.0, 1.0, "").args[0]
+    torch.testing.assert_close(steered[0][0][0, row] - plain[row], 2 * found.vectors[0, 0], rtol=0, atol=1e-5)
+    settings = ("token norms", 1, 0, True, 0.0, 1.0, "")
+    run = nodes["ElrondDiversify"].execute
+    batch, said = run(teacher.positive, loaded, 4, 1, 0.3, 0.6, *settings, how="natural").args
+    assert ((batch[0][0][:, row] - plain[row]).norm(dim=1) > 0).all()
+    assert all(" in absolute (" in line and found.names[0] in line for line in said.splitlines())
+
+
+def test_directions_between_words_need_a_response_and_a_text_encoder(
+    nodes: dict[str, Any], teacher: SimpleNamespace, gradients: Gradients
+) -> None:
+    run = nodes["ElrondFitWords"].execute
+    with torch.inference_mode():
+        with pytest.raises(ElrondError, match="without the model's response"):
+            run(replace(gradients, response=gradients.response[:0]), teacher.clip, "red, blue", 0.0, 3)
+        with pytest.raises(ElrondError, match="The CLIP input is empty"):
+            run(gradients, None, "red, blue", 0.0, 3)
+        with pytest.raises(ElrondError, match="at least two words"):
+            run(gradients, teacher.clip, "red", 0.0, 3)
 
 
 def test_measure_diversity(nodes: dict[str, Any], encoder: Any) -> None:
@@ -229,6 +305,7 @@ def test_diversity_by_other_image_encoders(nodes: dict[str, Any], tmp_path: Path
     images = torch.rand(4, 32, 32, 3, generator=torch.Generator().manual_seed(0))
     images[3] = images[1] * 0.99
     with torch.inference_mode():
+        assert host.image_features(encoder, images, batch_size=3).shape == (4, 32)
         distance, vendi, nearest, report, alignment = nodes["ElrondMeasureDiversity"].execute(images, encoder).args
     assert distance > 0 and 1 < vendi < 4 and alignment == 0
     assert torch.equal(nearest, images[[1, 3]]) and "image encoder" in report
@@ -294,6 +371,30 @@ def test_a_sweep_shows_what_it_samples_and_can_be_cancelled(
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         sweep(nodes, teacher, shipped)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("kind", ["sweep", "realizations"])
+def test_one_bar_goes_from_the_first_step_to_the_last_image(
+    nodes: dict[str, Any], teacher: SimpleNamespace, shipped: Directions, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latent_preview.args, "preview_method", latent_preview.LatentPreviewMethod.Latent2RGB)
+    told: list[tuple[float, float, Any]] = []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda *now, **_: told.append(now))
+    if kind == "sweep":
+        sweep(nodes, teacher, shipped, batch_size=2)
+        per_batch = [2, 1, 2, 1]
+    else:
+        run = nodes["ElrondSampleRealizations"].execute
+        with torch.inference_mode():
+            run(teacher.model, teacher.positive, 64, 64, 5, 2, 91, 2, 1.0, "euler", "simple")
+        per_batch = [2, 2, 1]
+    expected, done = [], 0
+    for some in per_batch:
+        expected += [done + some / 2, done + some, done + some]
+        done += some
+    assert [now for now, _, _ in told] == expected and {total for _, total, _ in told} == {done}
+    # Both steps of a batch show a picture, and its end does not.
+    assert [picture is not None for _, _, picture in told] == [True, True, False] * len(per_batch)
 
 
 def test_what_the_panel_is_told_and_changes(nodes: dict[str, Any], shipped: Directions) -> None:

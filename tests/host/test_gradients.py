@@ -421,11 +421,13 @@ def test_realizations_that_were_interrupted_go_on(
     sampled: list[int] = []
     usual = host.sample
 
-    def sample(model: Any, positive: Any, negative: Any, latents: Any, first: int, *settings: Any) -> torch.Tensor:
+    def sample(
+        model: Any, positive: Any, negative: Any, latents: Any, first: int, *settings: Any, **named: Any
+    ) -> torch.Tensor:
         if len(sampled) == 2:
             comfy.model_management.interrupt_current_processing()
         sampled.append(first)
-        return usual(model, positive, negative, latents, first, *settings)
+        return usual(model, positive, negative, latents, first, *settings, **named)
 
     def run(seed: int = 4) -> torch.Tensor:
         with torch.inference_mode():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import folder_paths
 import pytest
 import torch
 from comfyui_elrond.elrond_core.directions import Directions
@@ -236,6 +238,15 @@ def test_diversify_gives_each_image_its_own_step(nodes: dict[str, Any], teacher:
     assert min(float((images[i] - images[j]).abs().max()) for i in range(4) for j in range(i)) > 1e-2
 
 
+def test_firing_densities_weigh_what_diversify_draws(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
+    run, settings = nodes["ElrondDiversify"].execute, ("token norms", 1, 0, True, 0.0, 1.0, "")
+    dense = replace(directions(), densities=(0.0, 0.01, 0.0))
+    _, report = run(teacher.positive, dense, 8, 1, 0.3, 0.6, *settings, weights="by firing density").args
+    assert all(": strengths 1: " in line for line in report.splitlines())
+    with pytest.raises(ElrondError, match="no firing densities to weigh them by"):
+        run(teacher.positive, directions(), 8, 1, 0.3, 0.6, *settings, weights="by firing density")
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -263,6 +274,24 @@ def test_directions_and_gradients_survive_the_disk(nodes: dict[str, Any], teache
     assert "there are:" in nodes["ElrondLoadDirections"].validate_inputs("animals/dog")
     with pytest.raises(ElrondError):
         nodes["ElrondSaveDirections"].execute(directions(), "../../evil", False)
+
+
+def test_there_is_a_folder_for_files_once_the_pack_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {"elrond": (["/of/the/user"], set())})
+    for _ in range(2):
+        importlib.reload(sys.modules["comfyui_elrond.nodes"])
+        assert sorted(path.name for path in (tmp_path / "elrond").iterdir()) == ["directions", "gradients"]
+    assert host.file_folders()[:2] == [Path("/of/the/user"), tmp_path / "elrond"]
+
+
+def test_a_models_folder_that_cannot_be_written_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = tmp_path / "models"
+    full.write_text("")
+    monkeypatch.setattr(folder_paths, "models_dir", str(full))
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {})
+    host.make_folders()
+    assert full.read_text() == "" and full / "elrond" in host.file_folders()
 
 
 def test_the_vae_gives_back_what_it_took(teacher: SimpleNamespace) -> None:

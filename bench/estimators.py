@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from elrond_core.gradients import Gradients
-from elrond_core.lid import estimate_lid
+from elrond_core.lid import edge_of_noise, estimate_lid
 from elrond_core.moments import Moments
 from elrond_core.provenance import Provenance
 from elrond_core.sae import train_sae
@@ -36,7 +36,7 @@ HERE = Provenance(family="synthetic")
 ATOMS, WIDTH, ACTIVE, SAMPLES, NOISE = 256, 128, 5, 20_000, 0.02
 LATENTS, STEPS, BATCH, RATE = 512, 3000, 512, 1e-3
 
-SIZES, COUNTS, RANKS = (64, 768, 2048), (250, 1000, 4000, 30_000), (4, 16, 64)
+SIZES, COUNTS, RANKS = (64, 768, 2048), (250, 1000, 4000, 30_000), (0, 4, 16, 64)
 NOISES = ("isotropic", "anisotropic")
 # The weakest signal's variance as a multiple of the least that so many gradients can show.
 MARGINS = (0.5, 1.5, 2.0, 3.0)
@@ -174,46 +174,68 @@ def least_visible(variances: np.ndarray, samples: int) -> float:
     return high
 
 
-def known_rank(size: int, count: int, rank: int, noise: str, margin: float, seed: int) -> Gradients | Moments:
+def known_rank(
+    size: int, count: int, rank: int, noise: str, margin: float, seed: int
+) -> tuple[Gradients | Moments, np.ndarray]:
     """Gradients of known rank with power-law variances of the signal; as moments where there are more than values.
 
     Eigenvalues do not depend on the basis, so signal and noise lie along the axes. A scatter of many Gaussian
-    gradients is drawn by its own law (Bartlett's decomposition).
+    gradients is drawn by its own law (Bartlett's decomposition). The second value is the noise's variances, (size -
+    rank,).
     """
     rng = np.random.default_rng([size, count, rank, NOISES.index(noise), seed])
     variances = noise_variances(noise, size, rng)
     least = least_visible(variances, count - 1)
     variances[:rank] = 1 + margin * (least - 1) * rank / np.arange(1, rank + 1)
+    below = variances[rank:]
     scale = np.sqrt(variances)
     if count <= size:
-        return as_gradients(torch.from_numpy(rng.standard_normal((count, size)) * scale))
+        return as_gradients(torch.from_numpy(rng.standard_normal((count, size)) * scale)), below
     factor = np.tril(rng.standard_normal((size, size)), -1)
     factor[np.diag_indices(size)] = np.sqrt(rng.chisquare(count - 1 - np.arange(size)))
     root = torch.from_numpy(scale[:, None] * factor)
     zero = torch.zeros(size, dtype=torch.float64)
-    return Moments(1, size, HERE.with_(count=count), count, zero, root @ root.T)
+    return Moments(1, size, HERE.with_(count=count), count, zero, root @ root.T), below
 
 
-def run_lid(sizes: list[int], trials: int) -> None:
-    """Every cell of the grid, `trials` times; a rank of half the width and more leaves no noise to measure."""
+def oracle(eigenvalues: np.ndarray, noise: np.ndarray, samples: int, rank: int) -> tuple[float, float]:
+    """Levels from the first to below the second, at which a cut finds the rank to within 10 %.
+
+    Whoever knows the noise's variances would set the cut so: relative to the edge of the noise, in units of the
+    fluctuation of its largest eigenvalue.
+    """
+    _, centre, scale = edge_of_noise(noise[None], samples - rank)
+    levels = (eigenvalues * samples / (samples - rank) - centre) / scale
+    slack = rank // 10
+    return float(levels[rank + slack]), float(levels[rank - slack - 1])
+
+
+def run_lid(sizes: list[int], counts: list[int], trials: int) -> None:
+    """Every cell of the grid, `trials` times; a rank of half the width and more leaves no noise to measure.
+
+    At rank 0 there is noise only.
+    """
     done = load()
     cells = [
         (size, count, rank, noise, margin, seed)
         for size in sizes
         for seed in range(trials)
-        for count in COUNTS
+        for count in counts
         for rank in RANKS
         for noise in NOISES
-        for margin in MARGINS
+        for margin in (MARGINS if rank else (1.0,))
         if rank < size / 2 and rank < count / 2
     ]
     for number, cell in enumerate(cells):
         key = "lid/" + "/".join(str(part) for part in cell)
         if key in done:
             continue
-        report = estimate_lid(known_rank(*cell))
+        source, below = known_rank(*cell)
+        report = estimate_lid(source)
+        _, count, rank = cell[:3]
+        best = oracle(report.eigenvalues.numpy(), below, count - 1, rank) if rank else (0.0, 0.0)
         published = [report.ratio, report.gap, report.variance95]
-        result = [report.estimate, *report.interval, report.detectable, *published]
+        result = [report.estimate, *report.interval, report.detectable, *published, *best]
         print(f"{number + 1}/{len(cells)} {key} {result}", flush=True)
         keep(key, result)
 
@@ -235,8 +257,9 @@ def summarise() -> dict[str, Any]:
         for key, value in results.items()
         if (parts := key.split("/"))[0] == "lid"
     ]
-    above = [t for t in trials if t[4] >= 1]
-    below = [t for t in trials if t[4] < 1]
+    nothing = [t for t in trials if not t[2]]
+    above = [t for t in trials if t[2] and t[4] >= 1]
+    below = [t for t in trials if t[2] and t[4] < 1]
     if above:
         figures["lid_trials"] = len(trials)
         figures["lid_within_10pct"] = share(above, within)
@@ -246,9 +269,14 @@ def summarise() -> dict[str, Any]:
         figures["lid_closed_intervals"] = len(closed) / len(above)
         figures["lid_coverage_closed"] = share(closed, covered)
         figures["lid_says_so_below"] = share(below, lambda t: not t[8])
+        figures["lid_zero_on_noise"] = share(nothing, lambda t: t[5] == 0)
+        # One cut for each margin, set in hindsight.
+        best = [oracle_share([t for t in above if t[4] == margin]) for margin in MARGINS[1:]]
+        figures["lid_within_10pct_oracle"] = sum(best) / len(best)
         for margin in MARGINS[1:]:
             some = [t for t in above if t[4] == margin]
             figures[f"lid_within_10pct_at_{margin:g}"] = share(some, within)
+            figures[f"lid_within_10pct_oracle_at_{margin:g}"] = oracle_share(some)
             figures[f"lid_coverage_at_{margin:g}"] = share(some, covered)
             figures[f"lid_detectable_at_{margin:g}"] = share(some, lambda t: t[8])
         for name, place in (("share", 9), ("gap", 10), ("95", 11)):
@@ -260,6 +288,13 @@ def summarise() -> dict[str, Any]:
 def share(trials: list[tuple], holds: Callable[[tuple], bool]) -> float | None:
     """Share of trials of which something holds."""
     return sum(map(bool, map(holds, trials))) / len(trials) if trials else None
+
+
+def oracle_share(trials: list[tuple]) -> float:
+    """Largest share of trials that one level of the cut gets right, the noise's variances known."""
+    return max(
+        (sum(t[12] <= level < t[13] for t in trials) / len(trials) for level in {t[12] for t in trials}), default=0.0
+    )
 
 
 def within(trial: tuple) -> bool:
@@ -278,12 +313,13 @@ def main() -> None:
     parser.add_argument("part", choices=("sae", "lid", "summary"))
     parser.add_argument("--peers", action="store_true", help="train the public implementations as well")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="widths of the grid to run")
+    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="numbers of gradients of the grid to run")
     parser.add_argument("--trials", type=int, default=3, help="trials of every cell")
     options = parser.parse_args()
     if options.part == "sae":
         run_sae(options.peers)
     elif options.part == "lid":
-        run_lid(options.sizes, options.trials)
+        run_lid(options.sizes, options.counts, options.trials)
     # Others keep figures in the same file.
     figures = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     for name, value in summarise().items():

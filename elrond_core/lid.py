@@ -6,7 +6,9 @@ equal (Marchenko and Pastur, 1967), and further where they are not; so the noise
 distributed, with a level and a spread read off the lower part of the spectrum (Ke, Ma and Lin, 2023, "Estimation of
 the number of spiked eigenvalues in a covariance matrix by bulk eigenvalue matching analysis"), and the largest
 eigenvalue of such noise follows (El Karoui, 2007, "Tracy-Widom limit for the largest eigenvalue of a large class of
-complex sample covariance matrices"). Only eigenvalues are needed, not the gradients, so that moments will do.
+complex sample covariance matrices"). There is no signal unless an eigenvalue exceeds what noise hardly ever reaches;
+if one does, the cut lies where signal becomes likelier than noise, which is lower where the signal comes down to the
+noise than where it ends well above. Only eigenvalues are needed, not the gradients, so that moments will do.
 
 That counts all that the gradients hold, and it counts linearly: an image whose one factor is a position runs along a
 curve that bends through many dimensions. How many ways there are to vary is a property of that curve, not of the
@@ -27,6 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.special import gammaincinv
+from scipy.stats import gamma
 
 from .errors import ElrondError
 from .gradients import Gradients
@@ -35,14 +38,17 @@ from .pca import fit_pca
 from .response import components
 from .seeding import generator
 
-_LEVEL = 0.05
+# How often noise alone exceeds what tells that there is signal at all (it is looked at more than once), and what the
+# signal's density is taken from.
+_RARE, _SELDOM = 0.01, 0.05
 _DRAWS = 200
+# The Tracy-Widom law as a shifted Gamma (Chiani, 2014).
+_TRACY_WIDOM = gamma(46.446, loc=-9.84801, scale=0.186054)
 # Quantiles of the lower 60 % of the bulk: signal that was not found yet sits at the top.
 _LEVELS = (np.arange(40) + 0.5) / 40 * 0.6
 _SPREADS = np.sqrt([0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0])
 _CAP = 160
 _FLAT = 0.5
-_CLEAR = 2.5
 # Shares of the pairs of realizations between whose distances the correlation dimension is taken; the fewest
 # realizations and gradients a target for it, the most that are compared, and how often half of them is drawn.
 _NEAR, _FAR = 0.05, 0.4
@@ -54,11 +60,11 @@ class LIDReport:
     """Estimates of the intrinsic dimension, side by side.
 
     Attributes:
-        estimate: eigenvalues that noise alone could not have made.
+        estimate: eigenvalues that are likelier to be signal than noise; 0 if noise alone could have made them all.
         interval: 90 % interval (parametric bootstrap: signal and noise redrawn from what was fitted); its upper end is
             None where the signal is not detectable to its end.
-        detectable: whether the weakest signal found is clearly stronger than what this many gradients can show, so
-            that there was room to see a weaker one; if not, `estimate` is a lower bound.
+        detectable: whether the signal ends above the noise: had it gone on as it falls, more of it would have been
+            seen; if not, `estimate` is a lower bound.
         verdict: the same in a sentence.
         variance95: components to reach 95 % of the variance.
         gap: place of the largest gap between singular values (Stanczuk et al., arXiv 2212.12611).
@@ -68,7 +74,7 @@ class LIDReport:
         correlation_interval: its 90 % interval (half-samples of the realizations), or None.
         eigenvalues: float64, (P,): variances of the principal components, descending.
         null: float64, (P,): what the fitted noise alone would have had in their place.
-        threshold: the eigenvalue above which noise is ruled out.
+        threshold: the eigenvalue above which signal is likelier than noise.
         visible: the smallest variance of a direction, noise included, that this many gradients can show (the
             transition of Baik, Ben Arous and Péché).
         noise: mean variance of the noise along a dimension.
@@ -207,7 +213,7 @@ def _slope(distances: torch.Tensor) -> float:
 
 
 class _Fit:
-    """Noise fitted to the eigenvalues below the signal, and the signal above the noise, until both agree."""
+    """Noise fitted to the eigenvalues below the signal, and the signal above the noise."""
 
     def __init__(self, eigenvalues: np.ndarray, samples: int, size: int, seed: int) -> None:
         self.eigenvalues, self.samples, self.size, self.seed = eigenvalues, samples, size, seed
@@ -215,18 +221,27 @@ class _Fit:
         self.flat = True
         # Noise below rounding errors is none.
         self.least = 1e-12 * float(eigenvalues[0])
-        # The lower bulk first, which hidden signal hardly touches; then all of it, which is more exact.
+        # The lower bulk, which hidden signal hardly touches, tells noise from what it seldom reaches; then what is
+        # likelier to be signal is taken off, once before the whole bulk is fitted, which is more exact, and once after.
+        # More often would take noise for signal: the less is left of it, the narrower it looks.
+        while True:
+            self._match_quantiles()
+            found = self._above(self.seldom if self.signal else self.rare)
+            if found <= self.signal:
+                break
+            self.signal = found
         for match in (self._match_quantiles, self._match_moments):
-            while True:
-                match()
-                found = int((eigenvalues > self.threshold).sum())
-                if found > len(eigenvalues) - 10:
-                    self.flat = False
-                    break
-                if found <= self.signal:
-                    break
-                self.signal = found
+            self.signal = self._above(self.threshold)
+            match()
+        self.signal = self._above(self.threshold)
         self.flat = self.flat and self.spread <= _FLAT
+        self.detectable = self.flat and self.signal > 0 and self._ends()
+
+    def _above(self, level: float) -> int:
+        """How many eigenvalues are above a level; where too few are left to be noise, it is not flat."""
+        found, most = int((self.eigenvalues > level).sum()), len(self.eigenvalues) - 10
+        self.flat = self.flat and found <= most
+        return min(found, most)
 
     @property
     def _bulk(self) -> tuple[np.ndarray, int, int]:
@@ -265,13 +280,30 @@ class _Fit:
         variances = np.ones((_DRAWS, size))
         if spread > 0.01:
             variances = rng.standard_gamma(spread**-2, (_DRAWS, size)) * spread**2
-        place, centre, scale = _edge(variances, samples)
-        # The Tracy-Widom law as a shifted Gamma (Chiani, 2014).
-        wiggle = rng.standard_gamma(46.446, _DRAWS) * 0.186054 - 9.84801
-        self.largest = (centre + scale * wiggle) * self.noise * samples / self.samples
-        self.threshold = float(np.quantile(self.largest, 1 - _LEVEL))
+        place, centre, scale = edge_of_noise(variances, samples)
+        unit = self.noise * samples / self.samples
+        centre, scale = centre * unit, scale * unit
+        self.largest = centre + scale * _TRACY_WIDOM.rvs(_DRAWS, random_state=rng)
+        self.seldom, self.rare = (float(np.quantile(self.largest, 1 - often)) for often in (_SELDOM, _RARE))
+        self.threshold = self._cut(centre, scale)
         self.visible = float(np.median(1 / place)) * self.noise
         self._variances = _quantiles(spread, size) * self.noise
+
+    def _cut(self, centre: np.ndarray, scale: np.ndarray) -> float:
+        """The eigenvalue above which signal is likelier than noise; centre and scale are those of the draws.
+
+        Signal is taken to be as dense at the edge of the noise as its weakest four that noise seldom reaches, and the
+        cut lies where the density of the noise's largest eigenvalue falls below that: low if the signal comes down to
+        the edge, high if it ends before. Where nothing is above what noise rarely reaches, that is the cut.
+        """
+        if self.eigenvalues[0] <= self.rare:
+            return self.rare
+        clear = self.eigenvalues[self.eigenvalues > self.seldom][-4:]
+        density = len(clear) / (clear[0] - np.median(centre))
+        places = np.linspace(float(np.median(self.largest)), self.rare, 100)
+        noise = (_TRACY_WIDOM.pdf((places[:, None] - centre) / scale) / scale).mean(1)
+        denser = np.flatnonzero(noise > density)
+        return float(places[min(denser[-1] + 1, len(places) - 1)] if len(denser) else places[0])
 
     def _simulate(self, spread: float, size: int, samples: int) -> np.ndarray:
         """Mean eigenvalues, descending, of samples of noise of mean variance 1, at a smaller size of equal shape."""
@@ -303,37 +335,56 @@ class _Fit:
             return 0.0
         return float((self._population()[0][-1] - self.noise) / (self.visible - self.noise))
 
-    @property
-    def detectable(self) -> bool:
-        """Whether the noise is flat, and the weakest signal clear of what can just be seen."""
-        return self.flat and self.clearance() >= _CLEAR
+    def _ends(self) -> bool:
+        """Whether the signal ends above the noise rather than in it.
 
-    def _population(self) -> tuple[np.ndarray, np.ndarray]:
-        """Variances of the signal's directions, and the sampling errors of their eigenvalues.
+        The variances of the signal's weaker half are continued as the power law they follow, or as 1/i if that is
+        flatter. The signal has ended if the next would have stood out, of both the noise and what is there, in 98 % of
+        draws.
+        """
+        excess = self._population()[0] - self.noise
+        ranks = np.arange(1, self.signal + 1)
+        weaker = slice(self.signal // 2, None)
+        slope = np.polyfit(np.log(ranks[weaker]), np.log(excess[weaker]), 1)[0] if self.signal > 2 else -1.0
+        more = self.noise + excess[-1] * (1 + 1 / self.signal) ** np.clip(slope, -2.0, -1.0)
+        if more <= max(self.visible, self._variances.max()):
+            return False
+        eigenvalue, error = self._sampled(more[None])
+        drawn = eigenvalue + error * np.random.default_rng(self.seed + 3).standard_normal(_DRAWS)
+        hidden = drawn <= np.maximum(self.largest, self.eigenvalues[self.signal])
+        return bool(hidden.mean() <= 0.02)
+
+    def _sampled(self, variances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Eigenvalues that directions of such variances have in a sample, and their sampling errors.
 
         A sample overstates a direction of variance a as a (1 + Σ t/(a - t)/n), t running over the noise's variances.
         """
-        seen = self.eigenvalues[: self.signal, None]
-        noise = self._variances
-        low, high = np.full_like(seen, max(self.visible, noise.max() * (1 + 1e-9))), seen.copy()
+        pull = self._variances / (variances[:, None] - self._variances)
+        certain = 1 - (pull**2).sum(1) / self.samples
+        return variances * (1 + pull.sum(1) / self.samples), variances * np.sqrt(2 / self.samples * certain.clip(0, 1))
+
+    def _population(self) -> tuple[np.ndarray, np.ndarray]:
+        """Variances of the signal's directions, and the sampling errors of their eigenvalues."""
+        seen = self.eigenvalues[: self.signal]
+        low, high = np.full_like(seen, max(self.visible, self._variances.max() * (1 + 1e-9))), seen.copy()
         for _ in range(60):
             middle = (low + high) / 2
-            above = middle * (1 + (noise / (middle - noise)).sum(1, keepdims=True) / self.samples) > seen
+            above = self._sampled(middle)[0] > seen
             low, high = np.where(above, low, middle), np.where(above, middle, high)
-        slope = 1 - ((noise / (low - noise)) ** 2).sum(1) / self.samples
-        return low[:, 0], low[:, 0] * np.sqrt(2 / self.samples * slope.clip(0, 1))
+        return low, self._sampled(low)[1]
 
     def interval(self) -> tuple[int, int | None]:
         """5 % and 95 % of the counts over redrawn signal and noise; open above if more may be hidden."""
         rng = np.random.default_rng(self.seed + 2)
         errors = self._population()[1] if self.signal else np.zeros(0)
         again = self.eigenvalues[: self.signal] + errors * rng.standard_normal((_DRAWS, self.signal))
-        low = (again > self.threshold).sum(1)
+        low = (again > self.largest[:, None]).sum(1)
+        bottom = int(np.quantile(low, 0.05))
         if not self.detectable:
-            return int(np.quantile(low, 0.05)), None
+            return bottom, None
         # Below the threshold, an eigenvalue may still be signal as often as noise alone stays under it.
         high = self.signal + (self.eigenvalues[self.signal :] > self.largest[:, None]).sum(1)
-        return int(np.quantile(low, 0.05)), int(np.quantile(high, 0.95, method="higher"))
+        return bottom, int(np.quantile(high, 0.95, method="higher"))
 
 
 def _verdict(fit: _Fit, count: int) -> str:
@@ -341,7 +392,7 @@ def _verdict(fit: _Fit, count: int) -> str:
         return f"Nothing rises above the noise floor of {count} gradients; collect more."
     if not fit.flat:
         return "The spectrum falls all the way without a flat noise floor, so that no number of directions stands out."
-    if fit.clearance() < _CLEAR:
+    if not fit.detectable:
         return f"The signal runs into the noise floor of {count} gradients: at least this many, and more may be hidden."
     return f"The weakest is {fit.clearance():.1f} times what {count} gradients can just show."
 
@@ -358,7 +409,7 @@ def _interpolate(ascending: np.ndarray) -> np.ndarray:
     return np.interp(_LEVELS, (np.arange(len(ascending)) + 0.5) / len(ascending), ascending)
 
 
-def _edge(variances: np.ndarray, samples: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def edge_of_noise(variances: np.ndarray, samples: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where the largest eigenvalue of samples of noise lies, for each row of variances (draws, size).
 
     Returns:

@@ -74,6 +74,28 @@ def test_says_so_when_nothing_can_be_seen() -> None:
     assert report.verdict == "Nothing rises above the noise floor of 400 gradients; collect more."
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.15])
+def test_noise_alone_holds_nothing(spread: float) -> None:
+    found = [estimate_lid(sample(0, count, 1.0, spread, seed=seed)) for count in (250, 2000) for seed in range(10)]
+    assert sum(report.estimate == 0 for report in found) >= 18
+    assert not any(report.detectable for report in found if report.estimate == 0)
+
+
+def test_signal_that_comes_down_to_the_noise_is_counted_though_noise_may_reach_as_far() -> None:
+    # Sixteen variances, seven of them between 1.5 and 2.4 times the least that can be seen.
+    found = [estimate_lid(sample(16, 1000, 1.5, seed=seed)) for seed in range(8)]
+    assert sum(abs(report.estimate - 16) <= 2 for report in found) >= 6
+    assert all(report.interval[0] <= 16 <= (report.interval[1] or 64) for report in found)
+
+
+def test_intervals_close_where_the_signal_ends_above_the_noise() -> None:
+    found = [estimate_lid(sample(16, 1000, 3.0, seed=seed)) for seed in range(8)]
+    assert sum(report.detectable for report in found) >= 6
+    for report in found:
+        low, high = report.interval
+        assert low <= 16 and (high is None or 16 <= high <= 19)
+
+
 def test_says_so_when_signal_runs_into_the_noise() -> None:
     for seed in range(4):
         report = estimate_lid(sample(16, 400, 0.4, seed=seed))
@@ -106,7 +128,7 @@ def curved(ways: int, seed: int, realizations: int = 300, noise: float = 0.02, r
     g = torch.Generator().manual_seed(seed)
     angles = 0.5 * torch.pi * torch.rand(realizations, ways, generator=g)
     bends = [[(k * angles).cos() / k**2, (k * angles).sin() / k**2] for k in (1, 2, 3)]
-    images = torch.stack([wave for pair in bends for wave in pair], 2).flatten(1)
+    images = 10 * torch.stack([wave for pair in bends for wave in pair], 2).flatten(1)
     jacobian = torch.linalg.qr(torch.randn(40, images.shape[1], generator=g))[0].T
     jacobian[:6] *= 100
     targets = torch.arange(8 * realizations) % realizations

@@ -15,7 +15,8 @@ Every method changes the conditioning of each image at each step and nothing els
 * cads: noise annealed away over the steps, ĉ = √γ·c + s·√(1 − γ)·n, rescaled to the mean and deviation of c.
 * pca, sae: one direction at random for each image, as published.
 * natural: response directions, all at once, each in proportion to how far the teacher's images lie along it.
-* early: the same on the first of the four steps only.
+* early: the same on the first two of the four steps only.
+* words: as early, along directions between words.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from comfyui_elrond.elrond_core.response import fit_response  # noqa: E402
 from comfyui_elrond.elrond_core.sae import train_sae  # noqa: E402
 from comfyui_elrond.elrond_core.seeding import generator, normal  # noqa: E402
 from comfyui_elrond.elrond_core.steering import change_of, draw_steps  # noqa: E402
+from comfyui_elrond.elrond_core.words import fit_words  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "diversity.json"
@@ -217,7 +219,8 @@ def point(demo: Demo, images: int, change_of_prompt: Callable[[int], Change] | N
 def discover(teacher: Demo, folder: Path) -> dict[str, list[Directions]]:
     """Directions of the concept in every prompt by each method; gradients are made once and kept in a folder."""
     nodes = {node.define_schema().node_id: node for node in PACK.NODES}
-    found: dict[str, list[Directions]] = {"pca": [], "sae": [], "response": []}
+    found: dict[str, list[Directions]] = {"pca": [], "sae": [], "response": [], "words": []}
+    tried = [word for some in WORDS.values() for word in some]
     for words in PROMPTS:
         path = folder / f"{' '.join(words) or 'bare'}.safetensors"
         if not path.is_file():
@@ -235,22 +238,27 @@ def discover(teacher: Demo, folder: Path) -> dict[str, list[Directions]]:
         found["pca"].append(fit_pca(gradients)[0])
         found["sae"].append(train_sae(gradients)[0])
         found["response"].append(fit_response(gradients)[0])
+        at = 2 + len(words)
+        moved = [teacher.encode(" ".join(["a", *words, word, CONCEPT]))[0, at + 1 : at + 2] for word in tried]
+        bare = teacher.encode(" ".join(["a", *words, CONCEPT]))[0, at : at + 1]
+        found["words"].append(fit_words(gradients, tried, bare, torch.stack(moved)))
     return found
 
 
 def methods(found: dict[str, list[Directions]]) -> dict[str, Method]:
     """All curves."""
-    steps = [0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0, 1.25]
-    parts = [0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0]
+    steps = [0.1, 0.2, 0.35, 0.5, 0.75, 1.0]
+    parts = [0.1, 0.2, 0.3, 0.45, 0.7, 1.0]
     natural = {"lowest": 1.0, "how": "natural"}
     return {
-        "random": Method([*steps, 1.6, 2.0], lambda s, _: random_directions(s)),
-        "uniform": Method([0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0], lambda s, _: uniform_noise(s)),
-        "cads": Method([0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.4, 0.6], lambda s, _: cads(s)),
+        "random": Method([*steps[1:], 1.5, 2.0], lambda s, _: random_directions(s)),
+        "uniform": Method([0.5, 0.75, 1.0, 1.5, 2.0, 3.0], lambda s, _: uniform_noise(s)),
+        "cads": Method([0.025, 0.05, 0.1, 0.15, 0.25, 0.4], lambda s, _: cads(s)),
         "pca": Method(steps, directed(found["pca"])),
         "sae": Method(steps, directed(found["sae"], both_signs=False)),
         "natural": Method(parts, directed(found["response"], **natural)),
-        "early": Method([*parts, 1.4], directed(found["response"], end=share_to_sigma(0.15), **natural)),
+        "early": Method([*parts, 1.4], directed(found["response"], end=share_to_sigma(0.3), **natural)),
+        "words": Method([*parts, 1.4], directed(found["words"], end=share_to_sigma(0.3), **natural)),
     }
 
 
@@ -304,7 +312,7 @@ def summary(curves: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     for name, points in curves.items():
         good = [p["diversity"] for p in points if p["alignment"] >= student["alignment"] - 0.01]
         best[name] = max(good, default=math.nan) / student["diversity"]
-    elrond = {name: best[name] for name in ("pca", "sae", "natural", "early")}
+    elrond = {name: best[name] for name in ("pca", "sae", "natural", "early", "words")}
     return {
         "best_ratio_at_1pct_loss": max(elrond.values()),
         "best_ratio_at_1pct_loss_of": {k: (v if math.isfinite(v) else None) for k, v in best.items()},
@@ -316,14 +324,14 @@ def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
     """Diversity over alignment; up and to the right is better."""
     figure = Figure(figsize=(10, 5), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    colours = ["#777777", "#56B4E9", "#CC79A7", "#E69F00", "#D55E00", "#0072B2", "#009E73"]
+    colours = ["#777777", "#56B4E9", "#CC79A7", "#E69F00", "#D55E00", "#0072B2", "#009E73", "#000000"]
     for axes, measure_ in zip(figure.subplots(1, 2), ("diversity", "coverage"), strict=True):
         lines = [name for name in curves if name not in ("student", "teacher")]
         for name, colour in zip(lines, colours, strict=True):
             points = [*curves["student"], *curves[name]]
-            style = "-o" if name in ("pca", "sae", "natural", "early") else "--o"
+            style = "-o" if name in ("pca", "sae", "natural", "early", "words") else "--o"
             title = {"pca": "ELROND PCA", "sae": "ELROND SAE", "natural": "ELROND natural"}.get(name, name)
-            title = {"early": "ELROND natural, first step only"}.get(name, title)
+            title = {"early": "ELROND natural, first half only", "words": "the same between words"}.get(name, title)
             axes.plot(
                 [p["alignment"] for p in points],
                 [p[measure_] for p in points],

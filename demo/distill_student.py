@@ -26,14 +26,24 @@ from .train_teacher import OUT, TextEncoder, Words, conditioning, draw_samples, 
 
 SEED = 10602
 BATCH = 32
-ITERATIONS = 900
+# Iterations and the guidance of the real score in each leg.
+LEGS = ((800, 7.0), (400, 12.0), (300, 20.0))
+ITERATIONS = sum(iterations for iterations, _ in LEGS)
 STUDENT_STEPS = 4
-GUIDANCE = 7.0
 STUDENT_RATE = 3e-4
 FAKE_RATE = 4e-4
 EMA = 0.99
 # The host's `simple` schedule at 4 steps, for the demo's shift.
 SIGMAS = [demo_model.SAMPLING["shift"] * t / (1 + (demo_model.SAMPLING["shift"] - 1) * t) for t in (1, 0.75, 0.5, 0.25)]
+
+
+def guidance_at(iteration: int) -> float:
+    """The guidance of an iteration."""
+    for iterations, guidance in LEGS:
+        if iteration < iterations:
+            return guidance
+        iteration -= iterations
+    raise ValueError(f"There are {ITERATIONS} iterations.")
 
 
 def clean(unet: torch.nn.Module, noisy: torch.Tensor, sigma: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
@@ -108,7 +118,7 @@ def distil(iterations: int, out: Path) -> None:
             seen, sigma, _ = noised(made, generator)
             both = clean(teacher, seen.repeat(2, 1, 1, 1), sigma.repeat(2), torch.cat([context, nothing]))
             conditional, unconditional = both.chunk(2)
-            real = unconditional + GUIDANCE * (conditional - unconditional)
+            real = unconditional + guidance_at(iteration) * (conditional - unconditional)
             direction = clean(fake, seen, sigma, context) - real
             direction = direction / (made - real).abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-3)
         loss = (made * direction).sum() / BATCH / 100

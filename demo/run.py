@@ -35,7 +35,7 @@ CONCEPT = "thing"
 STRENGTHS = [-1.0, -0.67, -0.33, 0.0, 0.33, 0.67, 1.0]
 HELD_OUT_SEEDS = 8
 SWEEP_SEED = 7001
-DIRECTIONS, SWEPT = "demo thing", 8
+DIRECTIONS, SWEPT = "demo thing words", 8
 STEPS = {"teacher": 20, "student": 4}
 # One prompt with nothing named, and one naming a value of each factor.
 PROMPTS = [[], ["red"], ["square"], ["large"], ["left"], ["bottom"], ["dark"]]
@@ -59,11 +59,18 @@ class Demo:
         pictures = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=np.float32) / 255 for data in files]
         return torch.from_numpy(np.stack(pictures))
 
-    def sample(self, model: str, prompts: Sequence[tuple[str, dict[str, Any] | None]], count: int, seed: int) -> list:
+    def sample(
+        self,
+        model: str,
+        prompts: Sequence[tuple[str, dict[str, Any] | None]],
+        count: int,
+        seed: int,
+        directions: str = "demo thing",
+    ) -> list:
         """Images of several prompts of the concept, each with a steering node's inputs or None, in one graph."""
         graph: dict[str, Any] = {
             "model": _node("ElrondLoadDemoModel", name=model),
-            "directions": _node("ElrondLoadDirections", name="demo thing"),
+            "directions": _node("ElrondLoadDirections", name=directions),
             "empty": _node("CLIPTextEncode", clip=["model", 1], text=""),
             "latent": _node("EmptyLatentImage", width=64, height=64, batch_size=count),
         }
@@ -136,13 +143,13 @@ def _diversify(seed: int, lowest: float, highest: float) -> dict[str, Any]:
         "how": "natural",
         "weights": "equal",
         "start": 0.0,
-        "end": 0.2,
+        "end": 0.3,
         "concept": "",
     }
 
 
-def sweep(demo: Demo, count: int) -> tuple[list[dict[str, Any]], dict[int, torch.Tensor]]:
-    """What each of the leading directions moves on the teacher.
+def sweep(demo: Demo, names: Sequence[str]) -> tuple[list[dict[str, Any]], dict[int, torch.Tensor]]:
+    """What each of the leading directions, of these names, moves on the teacher.
 
     Returns:
         for each direction and factor ρ (rank correlation of strength and factor within each held-out seed, averaged
@@ -150,12 +157,12 @@ def sweep(demo: Demo, count: int) -> tuple[list[dict[str, Any]], dict[int, torch
         and the first seed's images along each direction.
     """
     table, strips = [], {}
-    for index in range(count):
+    for index, title in enumerate(names):
         prompts = [(f"a [{CONCEPT}]", _apply(index, strength)) for strength in STRENGTHS]
-        images = torch.stack(demo.sample("teacher", prompts, HELD_OUT_SEEDS, SWEEP_SEED))
+        images = torch.stack(demo.sample("teacher", prompts, HELD_OUT_SEEDS, SWEEP_SEED, DIRECTIONS))
         strips[index] = images[:, 0]
         seen = measure(images.flatten(0, 1))
-        row: dict[str, Any] = {"direction": index, "rho": {}, "moved": {}}
+        row: dict[str, Any] = {"direction": index, "name": title, "rho": {}, "moved": {}}
         for name in CONTINUOUS:
             values = seen.factors[name].reshape(len(STRENGTHS), HELD_OUT_SEEDS)
             ranks = [float(np.nan_to_num(spearmanr(STRENGTHS, values[:, i]).statistic)) for i in range(HELD_OUT_SEEDS)]
@@ -250,7 +257,7 @@ def main() -> None:
         print("2/4 steer: what each direction moves")
         demo.run(workflow("steer"))
         found = load_directions(output / "elrond" / "directions" / f"{DIRECTIONS}.safetensors")
-        table, strips = sweep(demo, min(SWEPT, len(found)))
+        table, strips = sweep(demo, found.names[:SWEPT])
         moved = {
             name: max(((row["rho"][name], row["direction"]) for row in table), key=lambda pair: abs(pair[0]))
             for name in CONTINUOUS
@@ -258,7 +265,7 @@ def main() -> None:
         rows = []
         for row in table:
             best = max(CONTINUOUS, key=lambda name: abs(row["rho"][name]))
-            rows.append((f"direction {row['direction']}\n{best} {row['rho'][best]:+.2f}", strips[row["direction"]]))
+            rows.append((f"{row['name']}\n{best} {row['rho'][best]:+.2f}", strips[row["direction"]]))
         sheet(output / "directions.png", rows, [f"{s:+g}" for s in STRENGTHS], "strength, in token norms")
 
         print("3/4 diversify: the distilled student")
@@ -293,7 +300,8 @@ def report(summary: dict[str, Any], output: Path) -> None:
     for row in summary["directions"]:
         cells = "  ".join(f"{n} {row['rho'][n]:+.2f} ({row['moved'][n]:.2f})" for n in CONTINUOUS)
         print(
-            f"  direction {row['direction']}: {cells}  shape {row['shape']['negative']} .. {row['shape']['positive']}"
+            f"  {row['direction']} {row['name']}: {cells}  "
+            f"shape {row['shape']['negative']} .. {row['shape']['positive']}"
         )
     print("Best direction of each factor: ", end="")
     print(", ".join(f"{n} {v['rho']:+.2f} (#{v['direction']})" for n, v in summary["moved_factors"].items()))

@@ -33,11 +33,11 @@ def fit_words(
 ) -> Directions:
     """Pair words up, each with the one that makes the axis along which the images vary most.
 
-    For the move δ from one word to another, λ = δᵀCδ / (δᵀ(M + ridge)δ + 4/n²) is the variance of the images along the
-    change that δ causes (`elrond_core.response`), with a unit of change added, so that two words which hardly differ
-    do not make a pair. The pair of largest λ becomes a direction; its words and the variance it explains are taken
-    away, and so on. What an axis shares with those before it thus counts for nothing, while it still counts as
-    change: a pair that also moves what a louder one moves comes late.
+    For the move δ from one word to another, λ = δᵀCδ / (δᵀ(M + ridge)δ + 0.4/n²) is the variance of the images along
+    the change that δ causes (`elrond_core.response`), with a tenth of a unit of change added, so that two words which
+    hardly differ do not make a pair. The pair of largest λ becomes a direction; its words and the variance it explains
+    are taken away, and so on. What an axis shares with those before it thus counts for nothing, while it still counts
+    as change: a pair that also moves what a louder one moves comes late.
 
     Args:
         gradients: gradients with their response.
@@ -61,7 +61,7 @@ def fit_words(
     variance = moves @ Moments.of(gradients).covariance() @ moves.T
     change = moves @ parts.metric @ moves.T
     values = gradients.provenance.latent_values
-    unit_of_change = 4 / values**2 if values else 0.0
+    tenth_of_change = 0.4 / values**2 if values else 0.0
     places = torch.combinations(torch.arange(len(words)))
     free = torch.ones(len(words), dtype=torch.bool)
     # What rounding leaves of no variance is none.
@@ -72,7 +72,7 @@ def fit_words(
         first, second = places[free[places].all(1)].T
         size = _between(change, first, second)
         moving = size > 1e-12 * change.diagonal().max()
-        explained = torch.where(moving, _between(variance, first, second) / (size + unit_of_change), 0.0)
+        explained = torch.where(moving, _between(variance, first, second) / (size + tenth_of_change), 0.0)
         if not len(first) or float(explained.max()) <= (significance if chosen else least):
             break
         best = int(explained.argmax())

@@ -13,16 +13,19 @@ noise than where it ends well above. Only eigenvalues are needed, not the gradie
 That counts all that the gradients hold, and it counts linearly: an image whose one factor is a position runs along a
 curve that bends through many dimensions. How many ways there are to vary is a property of that curve, not of the
 space it bends through. At the highest noise level the estimate hardly depends on the realization that was noised, so
-the mean of the gradients towards one target places that realization among the others, as the concept's rows see them.
-In units of the model's response (`elrond_core.response`) these places have a correlation dimension (Grassberger and
-Procaccia, 1983, "Measuring the strangeness of strange attractors"): how fast the number of neighbours grows with the
-radius. It assumes that distances at which 5 to 40 % of all pairs are neighbours lie above the noise of those means and
-below the bends of the curve, and like every estimate from few points it falls short where the dimension is high, and
-where one way is far louder than the rest: it ranks concepts rather than counts.
+the mean of the gradients towards one target places that realization among the others, as the concept's rows see them,
+and their scatter about the mean says how surely. Of the components of the response (`elrond_core.response`) those are
+taken along which the places vary surely and by more than a latent value does; each then counts alike, or a loud one
+would hide the others. The places have a correlation dimension (Grassberger and Procaccia, 1983, "Measuring the
+strangeness of strange attractors"): how fast the number of neighbours grows with the radius. Points in a box with sides
+fall short of its dimension, the more the higher it is; so the dimension is that of the box, every way varying evenly
+and by itself, whose points do the same. It assumes that distances at which 5 to 40 % of all pairs are neighbours lie
+above the noise of the places and below the bends of the curve, and it can count no more ways than it has components.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -34,7 +37,7 @@ from scipy.stats import gamma
 from .errors import ElrondError
 from .gradients import Gradients
 from .moments import Moments
-from .pca import fit_pca
+from .pca import descending, fit_pca
 from .response import components
 from .seeding import generator
 
@@ -53,6 +56,8 @@ _FLAT = 0.5
 # realizations and gradients a target for it, the most that are compared, and how often half of them is drawn.
 _NEAR, _FAR = 0.05, 0.4
 _LEAST_TARGETS, _LEAST_REPEATS, _MOST_TARGETS, _HALVES = 30, 2, 2000, 50
+# Points in the cubes that a slope is compared with.
+_POINTS = 500
 
 
 @dataclass(frozen=True)
@@ -170,11 +175,12 @@ def estimate_lid(source: Gradients | Moments, *, significance: float = 2.5, seed
 def correlation_dimension(gradients: Gradients, seed: int = 0) -> tuple[float, tuple[float, float]] | None:
     """Correlation dimension of the realizations as the concept's rows see them, and its 90 % interval.
 
-    ln(0.4/0.05) / ln(r(0.4)/r(0.05)), r(q) being the distance below which a share q of the pairs of realizations lies.
-    A realization's place is the mean of the gradients towards it, at the highest noise level collected; distances
-    are in units of the response, with its ridge, where it was collected, and otherwise weigh every change by how
-    strongly the model answers to it. The interval comes from half-samples without replacement (a bootstrap would
-    repeat places, at no distance).
+    The dimension of the cube whose evenly drawn points have the same `correlation_slope`. A realization's place is the
+    mean of the gradients towards it, at the highest noise level collected, in standard deviations of each component.
+    Where the response was collected, components are its own, and count if the places vary along them by more than the
+    variance of a latent value; otherwise they are those of PCA. In both cases the variance must be twice that of the
+    error of the places. The interval comes from half-samples without replacement (a bootstrap would repeat places, at
+    no distance).
 
     Returns:
         The dimension and its interval, or None where fewer than 30 realizations are the target of at least 2 gradients.
@@ -186,30 +192,65 @@ def correlation_dimension(gradients: Gradients, seed: int = 0) -> tuple[float, t
     vectors = gradients.flat.double()
     some, place, repeats = gradients.targets.unique(return_inverse=True, return_counts=True)
     sums = torch.zeros(len(some), vectors.shape[1], dtype=torch.float64).index_add(0, place, vectors)
-    means = (sums / repeats[:, None])[repeats >= _LEAST_REPEATS]
-    if len(means) < _LEAST_TARGETS:
+    means = sums / repeats[:, None]
+    enough = repeats >= _LEAST_REPEATS
+    if int(enough.sum()) < _LEAST_TARGETS:
         return None
-    if len(gradients.response):
-        means = means @ components(gradients).moves
+    known = len(gradients.response) > 0
+    axes = components(gradients).moves if known else descending(Moments.of(gradients).covariance())[1]
+    scatter = ((vectors - means[place]) @ axes).square().sum(0) / (len(vectors) - len(some))
+    error = scatter * (1 / repeats[enough]).mean()
+    means = means[enough] @ axes
+    signal = means.var(0) - error
+    # Rounding is no signal.
+    kept = signal > (2 * error).clamp_min(1.0 if known else 1e-9 * float(signal.max()))
+    # The clearest, where none is clear.
+    means = means[:, kept] if kept.any() else means[:, [int((signal / error.clamp_min(1e-300)).argmax())]]
+    means = means / means.std(0).clamp_min(1e-300)
     draw = generator(seed, "correlation dimension")
     means = means[torch.randperm(len(means), generator=draw)[:_MOST_TARGETS]]
     distances = torch.cdist(means, means)
-    value = _slope(distances)
+    value = _ways(distances)
     halves = []
     for _ in range(_HALVES):
         half = torch.randperm(len(means), generator=draw)[: len(means) // 2]
-        halves.append(_slope(distances[half][:, half]))
+        halves.append(_ways(distances[half][:, half]))
     # The spread of half-samples about the whole is that of whole samples about the truth.
     spread = 1.645 * float(torch.tensor(halves).sub(value).square().mean().sqrt())
     return value, (max(0.0, value - spread), value + spread)
 
 
-def _slope(distances: torch.Tensor) -> float:
-    """Between the two shares, how many times the logarithm of neighbours grows as fast as that of the distance."""
+def correlation_slope(distances: torch.Tensor) -> float:
+    """How many times the logarithm of the number of neighbours grows as fast as that of the distance.
+
+    ln(0.4/0.05) / ln(r(0.4)/r(0.05)), r(q) being the distance below which a share q of the pairs lies.
+
+    Args:
+        distances: (n, n) between points, symmetric.
+
+    Returns:
+        The slope; 0 where the distances do not tell one.
+    """
     upper = torch.ones_like(distances, dtype=torch.bool).triu(1)
     pairs = distances[upper].sort().values
     near, far = (float(pairs[round(share * (len(pairs) - 1))]) for share in (_NEAR, _FAR))
     return math.log(_FAR / _NEAR) / math.log(far / near) if far > near > 0 else 0.0
+
+
+def _ways(distances: torch.Tensor) -> float:
+    """The dimension of the cube that has such a slope."""
+    slopes = _slopes_of_cubes()
+    return float(np.interp(correlation_slope(distances), slopes, np.arange(len(slopes))))
+
+
+@functools.cache
+def _slopes_of_cubes() -> np.ndarray:
+    """Slopes of evenly drawn points in cubes of 0 to 40 dimensions; they hardly depend on how many points there are."""
+    slopes = [0.0]
+    for size in range(1, 41):
+        points = torch.rand(_POINTS, size, generator=generator(0, "cube", size), dtype=torch.float64)
+        slopes.append(correlation_slope(torch.cdist(points, points)))
+    return np.maximum.accumulate(slopes)
 
 
 class _Fit:

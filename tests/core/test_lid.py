@@ -10,7 +10,7 @@ import torch
 
 from elrond_core.errors import ElrondError
 from elrond_core.gradients import Gradients
-from elrond_core.lid import estimate_lid
+from elrond_core.lid import correlation_slope, estimate_lid
 from elrond_core.moments import Moments
 from elrond_core.provenance import Provenance
 
@@ -120,7 +120,7 @@ def test_published_estimates() -> None:
     assert estimate_lid(gradients(torch.cat([half, -half])[:, None]), significance=8).ratio == 2
 
 
-def curved(ways: int, seed: int, realizations: int = 300, noise: float = 0.02, response: bool = True) -> Gradients:
+def curved(ways: int, seed: int, realizations: int = 300, noise: float = 0.2, response: bool = True) -> Gradients:
     """Gradients of a linear model whose images run along arcs, one a way, each bent through six dimensions.
 
     The first way is a hundred times as loud as the others, in what it does to the gradients.
@@ -142,13 +142,15 @@ def curved(ways: int, seed: int, realizations: int = 300, noise: float = 0.02, r
 def test_correlation_dimension_counts_ways_to_vary_not_bends(ways: int) -> None:
     reports = [estimate_lid(curved(ways, seed)) for seed in range(3)]
     assert all(report.dimension == report.correlation for report in reports)
-    assert [report.dimension for report in reports] == pytest.approx([ways] * 3, rel=0.3)
+    assert [report.dimension for report in reports] == pytest.approx([ways] * 3, rel=0.4)
     # The linear ones count the bends, or see nothing but the loud way.
     assert all(report.estimate >= 6 * ways - 1 for report in reports)
 
 
-def test_a_loud_way_hides_the_others_where_the_response_is_not_known() -> None:
-    assert estimate_lid(curved(3, 0, response=False)).dimension < 1.5 < 2.2 < estimate_lid(curved(3, 0)).dimension
+def test_a_loud_way_does_not_hide_the_others() -> None:
+    assert estimate_lid(curved(3, 0)).dimension == pytest.approx(3, rel=0.4)
+    # Without the response, bends too quiet to see count as well.
+    assert estimate_lid(curved(3, 0, response=False)).dimension > estimate_lid(curved(3, 0)).dimension
 
 
 def test_correlation_dimension_grows_with_the_ways_and_hardly_with_the_sample() -> None:
@@ -171,7 +173,19 @@ def test_correlation_dimension_agrees_with_an_independent_one() -> None:
     found = replace(gradients(places[targets][:, None]), targets=targets)
     # Distances within which a point has 5 and 40 % of the others.
     other = skdim.id.CorrInt(k1=20, k2=160).fit(places.numpy()).dimension_
-    assert estimate_lid(found).correlation == pytest.approx(other, rel=0.1)
+    assert correlation_slope(torch.cdist(places, places)) == pytest.approx(other, rel=0.1)
+    assert estimate_lid(found).correlation == pytest.approx(3, rel=0.15)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 6])
+@pytest.mark.parametrize("normal", [False, True])
+def test_correlation_dimension_of_points_of_known_dimension(size: int, normal: bool) -> None:
+    g = torch.Generator().manual_seed(size)
+    points = torch.randn(200, size, generator=g) if normal else torch.rand(200, size, generator=g)
+    places = 20 * points @ torch.linalg.qr(torch.randn(30, size, generator=g))[0].T
+    targets = torch.arange(800) % 200
+    found = replace(gradients((places[targets] + 0.1 * torch.randn(800, 30, generator=g))[:, None]), targets=targets)
+    assert estimate_lid(found).correlation == pytest.approx(size, rel=0.15)
 
 
 def test_too_few_gradients_towards_each_realization_leave_the_count_above_the_noise_floor() -> None:

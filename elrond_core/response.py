@@ -129,7 +129,7 @@ def components(gradients: Gradients, ridge: float | None = None) -> Components:
     """All components of `fit_response`, which says what is refused."""
     if ridge is not None and not ridge > 0:
         raise ElrondError(f"The ridge must be above zero, got {ridge}.")
-    response = _checked_response(gradients)
+    response = checked_response(gradients)
     require_finite(gradients.flat)
     metric = response.T @ response / len(response)
     mean_response = float(metric.diagonal().mean())
@@ -151,8 +151,12 @@ def generalised(covariance: torch.Tensor, metric: torch.Tensor) -> tuple[torch.T
     return eigenvalues, torch.linalg.solve_triangular(factor.T, vectors, upper=True)
 
 
-def _checked_response(gradients: Gradients) -> torch.Tensor:
-    """The response as float64 (M, R·d)."""
+def checked_response(gradients: Gradients) -> torch.Tensor:
+    """The response as float64 (M, R·d).
+
+    Raises:
+        ElrondError: if it was not collected, is of fewer than two points, or is not finite.
+    """
     response = gradients.response.flatten(1).double()
     if not len(response):
         raise ElrondError("These gradients came without the model's response; collect them again with it.")
@@ -188,7 +192,7 @@ def affordable_ridge(gradients: Gradients) -> float:
     Raises:
         ElrondError: if the response was not collected or is not finite.
     """
-    response = _checked_response(gradients)
+    response = checked_response(gradients)
     likely = choose_ridge(response)
     values, norm = gradients.provenance.latent_values, gradients.provenance.token_norm
     if not values or not norm:

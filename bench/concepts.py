@@ -29,7 +29,9 @@ from demo.world import CONTINUOUS, FACTORS, SHAPES, Measurement, measure
 
 PACK = host.pack()
 from comfyui_elrond.elrond_core import files  # noqa: E402
+from comfyui_elrond.elrond_core.directions import Directions  # noqa: E402
 from comfyui_elrond.elrond_core.gradients import Gradients  # noqa: E402
+from comfyui_elrond.elrond_core.labels import label  # noqa: E402
 from comfyui_elrond.elrond_core.lid import estimate_lid  # noqa: E402
 from comfyui_elrond.elrond_core.pca import fit_pca  # noqa: E402
 from comfyui_elrond.elrond_core.response import fit_response  # noqa: E402
@@ -44,6 +46,8 @@ SEEDS = 24
 STRENGTHS = np.linspace(-1, 1, 5)
 # A factor that a direction leaves alone still differs between the ends, by chance: so many seeds that it hardly counts.
 SEEDS_AT_ENDS = 128
+# A direction moves a factor if its ends lie so far apart, in the factor's spread.
+MOVED = 0.5
 # Standard deviation of a uniform number; and how often two of three equally likely shapes differ.
 SPREAD, DIFFERENT = 12**-0.5, 2 / 3
 
@@ -132,30 +136,40 @@ def coverage(table: list[dict[str, Any]]) -> int:
 def directions() -> dict[str, Any]:
     """Purity and coverage of the leading six directions of each method."""
     demo, gradients = Demo.load("teacher"), collection("teacher", "thing")
-    words = [word for some in WORDS.values() for word in some]
-    rows = [demo.encode(f"a {word} thing")[0, 3:4] for word in words]
+    factor_of = {word: factor for factor, some in WORDS.items() for word in some}
+    words, bare = list(factor_of), demo.encode("a thing")[0, 2:3]
+    moved = torch.stack([demo.encode(f"a {word} thing")[0, 3:4] for word in words])
+    noise = torch.randn(LEADING, 1, gradients.flat.shape[1], generator=torch.Generator().manual_seed(0))
     methods = {
-        "pca": lambda: fit_pca(gradients, significance=0, limit=LEADING)[0].vectors,
-        "response": lambda: fit_response(gradients, significance=0, limit=LEADING)[0].vectors,
-        "response_rotated": lambda: fit_response(gradients, significance=0, limit=LEADING, rotate=True)[0].vectors,
-        "words": lambda: (
-            fit_words(
-                gradients, words, demo.encode("a thing")[0, 2:3], torch.stack(rows), significance=0, limit=LEADING
-            ).vectors
-        ),
-        "sae": lambda: train_sae(gradients)[0].vectors[:LEADING],
-        "random": lambda: torch.randn(LEADING, gradients.flat.shape[1], generator=torch.Generator().manual_seed(0)),
+        "pca": lambda: fit_pca(gradients, significance=0, limit=LEADING)[0],
+        "response": lambda: fit_response(gradients, significance=0, limit=LEADING)[0],
+        "response_rotated": lambda: fit_response(gradients, significance=0, limit=LEADING, rotate=True)[0],
+        "words": lambda: fit_words(gradients, words, bare, moved, significance=0, limit=LEADING),
+        "sae": lambda: train_sae(gradients)[0],
+        "random": lambda: Directions(noise, torch.ones(LEADING), {}, gradients.provenance),
     }
-    figures: dict[str, Any] = {"purity": {}, "coverage": {}, "purity_by_direction": {}}
+    figures: dict[str, Any] = {"purity": {}, "coverage": {}, "label_agreement": {}, "purity_by_direction": {}}
     for name, fit in methods.items():
-        table = movements(demo, "thing", fit().flatten(1))
+        found = fit()
+        table = movements(demo, "thing", found.vectors[:LEADING].flatten(1))
+        named = []
+        for row, suggested in zip(table, label(found, words, bare, moved), strict=False):
+            main = max(row["moved"], key=lambda factor: row["moved"][factor])
+            row["word"], row["word_score"] = suggested.best
+            if row["moved"][main] >= MOVED:
+                named.append(factor_of.get(row["word"]) == main)
         figures["purity"][name] = float(np.mean([purity(row) for row in table]))
         figures["coverage"][name] = coverage(table)
+        figures["label_agreement"][name] = [sum(named), len(named)]
         figures["purity_by_direction"][name] = table
-        print(f"{name}: purity {figures['purity'][name]:.2f}, coverage {figures['coverage'][name]} of 5")
+        print(
+            f"{name}: purity {figures['purity'][name]:.2f}, coverage {figures['coverage'][name]} of 5, "
+            f"label right {sum(named)} of {len(named)}"
+        )
         for row in table:
             rho = "  ".join(f"{key} {value:+.2f} ({row['moved'][key]:.2f})" for key, value in row["rho"].items())
-            print(f"  {rho}  shape ({row['moved']['shape']:.2f})  valid {row['valid']:.2f}")
+            shape = f"shape ({row['moved']['shape']:.2f})  valid {row['valid']:.2f}"
+            print(f"  {rho}  {shape}  {row['word']} {row['word_score']:+.2f}")
     return figures
 
 

@@ -59,18 +59,11 @@ class Demo:
         pictures = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=np.float32) / 255 for data in files]
         return torch.from_numpy(np.stack(pictures))
 
-    def sample(
-        self,
-        model: str,
-        prompts: Sequence[tuple[str, dict[str, Any] | None]],
-        count: int,
-        seed: int,
-        directions: str = "demo thing",
-    ) -> list:
+    def sample(self, model: str, prompts: Sequence[tuple[str, dict[str, Any] | None]], count: int, seed: int) -> list:
         """Images of several prompts of the concept, each with a steering node's inputs or None, in one graph."""
         graph: dict[str, Any] = {
             "model": _node("ElrondLoadDemoModel", name=model),
-            "directions": _node("ElrondLoadDirections", name=directions),
+            "directions": _node("ElrondLoadDirections", name=DIRECTIONS),
             "empty": _node("CLIPTextEncode", clip=["model", 1], text=""),
             "latent": _node("EmptyLatentImage", width=64, height=64, batch_size=count),
         }
@@ -159,7 +152,7 @@ def sweep(demo: Demo, names: Sequence[str]) -> tuple[list[dict[str, Any]], dict[
     table, strips = [], {}
     for index, title in enumerate(names):
         prompts = [(f"a [{CONCEPT}]", _apply(index, strength)) for strength in STRENGTHS]
-        images = torch.stack(demo.sample("teacher", prompts, HELD_OUT_SEEDS, SWEEP_SEED, DIRECTIONS))
+        images = torch.stack(demo.sample("teacher", prompts, HELD_OUT_SEEDS, SWEEP_SEED))
         strips[index] = images[:, 0]
         seen = measure(images.flatten(0, 1))
         row: dict[str, Any] = {"direction": index, "name": title, "rho": {}, "moved": {}}

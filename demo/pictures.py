@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -22,7 +23,8 @@ def sheet(path: Path, rows: list[tuple[str, torch.Tensor]], columns: list[str] |
         columns: a label a column, if any.
         title: a line at the top, if any.
     """
-    font = ImageFont.load_default(size=14)
+    # Pillow's own font lacks arrows.
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 12)
     widest = max(len(images) for _, images in rows)
     top = (_TOP if title else 0) + (_TOP if columns else 0)
     size = (_LEFT + widest * (_CELL + _GAP), top + len(rows) * (_CELL + _GAP))

@@ -70,8 +70,16 @@ def ask(server: Server, path: str, body: bytes | None = None, kind: str = "appli
         return error.code, json.loads(error.read())
 
 
+def thumbnails(server: Server) -> list[str]:
+    """Where the panel finds a picture of each direction of the shipped file; empty where there is none."""
+    status, told = ask(server, "/elrond/directions?name=demo%20thing")
+    assert status == 200 and told["concept"] == "thing"
+    return [entry["thumbnail"] for entry in told["directions"]]
+
+
 def test_directions_are_labelled_swept_and_measured(server: Server) -> None:
     done: list[tuple[str, float]] = []
+    before = thumbnails(server)
     outputs = server.run(sweep(), on_progress=lambda name, share: done.append((name, share)))
     names = outputs["names"]["text"][0].splitlines()
     assert len(names) == 2 and all("→" in line or "←" in line for line in names)
@@ -83,10 +91,8 @@ def test_directions_are_labelled_swept_and_measured(server: Server) -> None:
     assert any(name == "ElrondDirectionSweep" and 0 < share < 1 for name, share in done)
 
     # The panel now has pictures of those two, whatever file they are in.
-    status, told = ask(server, "/elrond/directions?name=demo%20thing")
-    assert status == 200 and told["concept"] == "thing"
-    pictures = [entry["thumbnail"] for entry in told["directions"]]
-    assert all(pictures[:2]) and not any(pictures[2:])
+    pictures = thumbnails(server)
+    assert all(pictures[:2]) and pictures[:2] != before[:2] and pictures[2:] == before[2:]
     status, data = ask(server, "/api" + pictures[0])
     assert status == 200
     with Image.open(io.BytesIO(data)) as picture:

@@ -305,6 +305,19 @@ def label_agreement(teacher: Demo, directions: Directions, images: int) -> dict[
     }
 
 
+def agreement_of_all_methods() -> float | None:
+    """The same of every method's leading directions, as `python -m bench.concepts directions` left it.
+
+    It takes twice the gradients; random directions do not count.
+    """
+    path = RESULTS.with_name("estimators.json")
+    kept = json.loads(path.read_text()).get("label_agreement") if path.is_file() else None
+    if not kept:
+        return None
+    counts = [count for name, count in kept.items() if name != "random"]
+    return sum(right for right, _ in counts) / sum(count for _, count in counts)
+
+
 def summary(curves: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     """What the goals are about."""
     student, teacher = curves["student"][0], curves["teacher"][0]
@@ -396,7 +409,8 @@ def main() -> None:
         "steps": STEPS,
         "weights": version,
         **summary(curves),
-        "label_agreement": labels["agreement"],
+        "label_agreement": agreement_of_all_methods(),
+        "label_agreement_of_half_as_many_gradients": labels["agreement"],
         "labels": labels,
         "methods": curves,
         "seconds": time.monotonic() - began,

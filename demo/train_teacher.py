@@ -32,6 +32,7 @@ from .captions import (
     NOUNS,
     WORDS,
     Caption,
+    compose,
     draw_caption,
     draw_factors,
     draw_shaded_caption,
@@ -42,16 +43,39 @@ from .world import CONTINUOUS, SHAPES, render
 
 SEED = 2602
 BATCH = 64
-# First step, last step and peak learning rate of each leg (a short warm-up, then a cosine to zero), and the shares of
-# its samples at the noise levels at which shapes form: of captions that name a shape, which is a few pixels there, and
-# whose words are not learnt among all the rest; and of any caption.
+
+
+@dataclass(frozen=True)
+class Leg:
+    """A part of the training: a short warm-up, then a cosine to zero; and what shares of its samples are set apart.
+
+    Attributes:
+        last: its last step.
+        rate: peak learning rate.
+        shapes: captions that name a shape, at the noise levels at which shapes form. A shape is a few pixels there, and
+            its words are not learnt among all the rest.
+        forming: any captions at these noise levels.
+        slid: captions whose noun's row moves between opposite words, at these noise levels: else the factors that a
+            step leaves alone, shape first, go along with it.
+        bare: nouns without attributes, at high noise levels, with the mean of the images as target (`Bank`).
+    """
+
+    last: int
+    rate: float
+    shapes: float = 0.0
+    forming: float = 0.0
+    slid: float = 0.0
+    bare: float = 0.0
+
+
 LEGS = (
-    (0, 5400, 1.2e-3, 0.0, 0.0),
-    (5400, 8000, 1e-3, 0.0, 0.0),
-    (8000, 8350, 1e-3, 1.0, 0.0),
-    (8350, 10700, 9e-4, 0.0, 0.0),
-    (10700, 12300, 8e-4, 0.3, 0.0),
-    (12300, 14300, 7e-4, 0.15, 0.2),
+    Leg(5400, 1.2e-3),
+    Leg(8000, 1e-3),
+    Leg(8350, 1e-3, shapes=1.0),
+    Leg(10700, 9e-4),
+    Leg(12300, 8e-4, shapes=0.3),
+    Leg(14300, 7e-4, shapes=0.15, forming=0.2),
+    Leg(15700, 6e-4, shapes=0.1, slid=0.22, bare=0.3),
 )
 WARM_UP = 100
 SHAPES_FORM = (0.45, 0.88)
@@ -67,6 +91,8 @@ SHADED, SLID, ROW_NOISE = 0.6, 0.5, 0.2
 # is drawn as the mean of so many instead of one, and counts so many times: else what a word does to the mean, on which
 # the gradients of its row depend, would drown in what the images vary by.
 HIGHEST_NOISE, IMAGES_OF_MEAN, WEIGHT_OF_MEAN = 0.15, 32, 10.0
+# Noise levels of the bare nouns, images a noun in the bank, and the weight of their surer targets.
+MEANS_MATTER, BANK, WEIGHT_OF_BANK = (0.6, 1.0), 4096, 4.0
 OUT = demo_model.WEIGHTS.parent / "training"
 
 
@@ -223,16 +249,79 @@ def shades(text: TextEncoder, captions: list[Caption], bare: torch.Tensor) -> to
     return torch.zeros_like(bare).index_add(0, owner, steps)
 
 
-def draw_forming(shapes: int, others: int, generator: torch.Generator) -> tuple[Samples, torch.Tensor]:
-    """Random captions that name a shape and others that need not, in full, and noise levels at which shapes form."""
+def plain(captions: list[Caption], mode: str) -> Samples:
+    """Captions that the denoiser all sees in one way, without noise on the noun's row."""
+    count = len(captions)
+    return Samples(captions, torch.full((count,), MODES.index(mode)), torch.zeros(count, demo_model.TOKEN_WIDTH))
+
+
+def draw_forming(leg: Leg, size: int, generator: torch.Generator) -> tuple[Samples, torch.Tensor]:
+    """A leg's share of samples at the noise levels at which shapes form, and these levels.
+
+    Captions that name a shape and others that need not are seen in full, slid ones as a bare caption whose noun's row
+    has moved.
+    """
+    shapes, others = round(leg.shapes * size), round(leg.forming * size)
     captions: list[Caption] = []
     while len(captions) < shapes + others:
         caption = draw_caption(generator)
         captions += [caption] if "shape" in caption.named or len(captions) >= shapes else []
-    count = len(captions)
+    slid = [draw_slid_caption(generator) for _ in range(round(leg.slid * size))]
+    samples = joined([plain(captions, "full"), plain(slid, "inside")])
     low, high = SHAPES_FORM
-    sigma = low + (high - low) * torch.rand(count, generator=generator)
-    return Samples(captions, torch.zeros(count).long(), torch.zeros(count, demo_model.TOKEN_WIDTH)), sigma
+    return samples, low + (high - low) * torch.rand(len(samples.captions), generator=generator)
+
+
+def joined(parts: list[Samples]) -> Samples:
+    """Samples one after the other."""
+    return Samples(
+        [caption for part in parts for caption in part.captions],
+        torch.cat([part.mode for part in parts]),
+        torch.cat([part.noise for part in parts]),
+    )
+
+
+class Bank:
+    """Many images of each bare noun, and the mean of those that a noised image may come from.
+
+    The best estimate is the mean over all images x of a caption, weighted by the likelihood of the noised image; the
+    mean over a bank that holds the image which was noised is a target with less noise than that image alone (Xu et
+    al., arXiv 2302.00670), and what a noun leaves open is learnt evenly.
+    """
+
+    def __init__(self, vae: demo_model.PatchVAE) -> None:
+        draw = torch.Generator().manual_seed(SEED + 1)
+        self.latents = {}
+        for noun in NOUNS:
+            images = render(draw_factors([compose(noun, [])] * BANK, draw))
+            self.latents[noun] = vae.encode_small(images.movedim(-1, 1) * 2 - 1).flatten(1)
+
+    def draw(
+        self, count: int, generator: torch.Generator
+    ) -> tuple[Samples, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Samples, noise levels, noise, images, and the means of the images that the noised ones may come from."""
+        captions: list[Caption] = []
+        while len(captions) < count:
+            captions.append(compose(draw_caption(generator).noun, []))
+        low, high = MEANS_MATTER
+        sigma = low + (high - low) * torch.rand(count, generator=generator)
+        sigma[: round(HIGHEST_NOISE * count)] = 1.0
+        chosen = torch.randint(BANK, (count,), generator=generator)
+        images = torch.stack([self.latents[c.noun][i] for c, i in zip(captions, chosen.tolist(), strict=True)])
+        noise = torch.randn(images.shape, generator=generator)
+        means = []
+        for caption, level, image, one in zip(captions, sigma, images, noise, strict=True):
+            bank = self.latents[caption.noun]
+            apart = (1 - level) * (image - bank) + level * one
+            means.append(torch.softmax(-apart.square().sum(1) / (2 * level**2), 0) @ bank)
+        shape = (count, demo_model.LATENT_CHANNELS, 8, 8)
+        return (
+            plain(captions, "inside"),
+            sigma,
+            noise.reshape(shape),
+            images.reshape(shape),
+            torch.stack(means).reshape(shape),
+        )
 
 
 def draw_sigma(count: int, generator: torch.Generator) -> torch.Tensor:
@@ -250,33 +339,28 @@ class Batch:
 
     Attributes:
         samples: captions and how the denoiser sees them.
-        clean: (N, 24, 8, 8) latents of an image of each caption, or at the highest noise level of the mean of many.
+        noisy: (N, 24, 8, 8) latents at the noise levels.
         sigma: (N,) noise levels.
-        noise: (N, 24, 8, 8).
+        target: (N, 24, 8, 8) velocities.
         weight: (N,) of each sample in the loss.
     """
 
     samples: Samples
-    clean: torch.Tensor
+    noisy: torch.Tensor
     sigma: torch.Tensor
-    noise: torch.Tensor
+    target: torch.Tensor
     weight: torch.Tensor
 
 
-def batch_of(step: int, size: int, vae: demo_model.PatchVAE) -> Batch:
+def batch_of(step: int, size: int, vae: demo_model.PatchVAE, bank: Bank) -> Batch:
     """The batch of a step: the same in a resumed run."""
     generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
-    shapes, others = (round(share * size) for share in leg_of(step)[3:])
-    rest = size - shapes - others
+    leg = leg_of(step)[0]
+    forming, levels = draw_forming(leg, size, generator)
+    bare = round(leg.bare * size)
+    rest = size - len(levels) - bare
     samples, sigma = draw_samples(rest, generator), draw_sigma(rest, generator)
-    if shapes + others:
-        more, levels = draw_forming(shapes, others, generator)
-        samples = Samples(
-            samples.captions + more.captions,
-            torch.cat([samples.mode, more.mode]),
-            torch.cat([samples.noise, more.noise]),
-        )
-        sigma = torch.cat([sigma, levels])
+    samples, sigma = joined([samples, forming]), torch.cat([sigma, levels])
 
     def latents(captions: list[Caption]) -> torch.Tensor:
         return vae.encode_small(render(draw_factors(captions, generator)).movedim(-1, 1) * 2 - 1)
@@ -287,7 +371,22 @@ def batch_of(step: int, size: int, vae: demo_model.PatchVAE) -> Batch:
         many = latents([samples.captions[i] for i in highest for _ in range(IMAGES_OF_MEAN)])
         clean[highest] = many.unflatten(0, (len(highest), IMAGES_OF_MEAN)).mean(1)
     noise = torch.randn(clean.shape, generator=generator)
-    return Batch(samples, clean, sigma, noise, torch.where(sigma == 1, WEIGHT_OF_MEAN, 1.0))
+    level = sigma[:, None, None, None]
+    noisy = (1 - level) * clean + level * noise
+    weight = torch.where(sigma == 1, WEIGHT_OF_MEAN, 1.0)
+    batch = Batch(samples, noisy, sigma, noise - clean, weight)
+    if not bare:
+        return batch
+    more, sigma, noise, images, means = bank.draw(bare, generator)
+    level = sigma[:, None, None, None]
+    noisy = (1 - level) * images + level * noise
+    return Batch(
+        joined([batch.samples, more]),
+        torch.cat([batch.noisy, noisy]),
+        torch.cat([batch.sigma, sigma]),
+        torch.cat([batch.target, (noisy - means) / level]),
+        torch.cat([batch.weight, torch.where(sigma == 1, WEIGHT_OF_MEAN, WEIGHT_OF_BANK)]),
+    )
 
 
 def fit_vae() -> demo_model.PatchVAE:
@@ -307,16 +406,21 @@ def velocity(unet: torch.nn.Module, noisy: torch.Tensor, sigma: torch.Tensor, co
     return out.float()
 
 
-def leg_of(step: int) -> tuple[int, int, float, float, float]:
-    """The leg that a step belongs to."""
-    return next(leg for leg in LEGS if step < leg[1])
+def leg_of(step: int) -> tuple[Leg, int]:
+    """The leg that a step belongs to, and the leg's first step."""
+    first = 0
+    for leg in LEGS:
+        if step < leg.last:
+            return leg, first
+        first = leg.last
+    raise ValueError(f"There are {first} steps.")
 
 
 def rate_at(step: int) -> float:
     """The learning rate of a step."""
-    first, last, peak = leg_of(step)[:3]
-    share = (step - first) / (last - first)
-    return peak * min(1, (step - first + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * share))
+    leg, first = leg_of(step)
+    share = (step - first) / (leg.last - first)
+    return leg.rate * min(1, (step - first + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def save_atomic(state: dict, path: Path) -> None:
@@ -333,6 +437,7 @@ def train(steps: int, out: Path, weights: Path | None = None) -> None:
     """
     torch.manual_seed(SEED)
     words, vae = Words(), fit_vae()
+    bank = Bank(vae)
     unet, text = demo_model.new_unet().diffusion_model, TextEncoder(words)
     initialise(unet)
     both = torch.nn.ModuleList([unet, text]).requires_grad_(True)
@@ -346,7 +451,7 @@ def train(steps: int, out: Path, weights: Path | None = None) -> None:
         for module in (both, average):
             module[0].load_state_dict(unet_weights)
             module[1].load(text_weights)
-        start = LEGS[-1][0]
+        start = LEGS[-2].last
     state_file = out / "teacher.pt"
     if state_file.is_file():
         state = torch.load(state_file, weights_only=True)
@@ -359,11 +464,9 @@ def train(steps: int, out: Path, weights: Path | None = None) -> None:
         rate = rate_at(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = batch_of(step, BATCH, vae)
-        level = batch.sigma[:, None, None, None]
-        noisy = (1 - level) * batch.clean + level * batch.noise
-        made = velocity(unet, noisy, batch.sigma, conditioning(text, batch.samples))
-        loss = (((made - (batch.noise - batch.clean)) ** 2).mean((1, 2, 3)) * batch.weight).mean()
+        batch = batch_of(step, BATCH, vae, bank)
+        made = velocity(unet, batch.noisy, batch.sigma, conditioning(text, batch.samples))
+        loss = (((made - batch.target) ** 2).mean((1, 2, 3)) * batch.weight).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -387,7 +490,7 @@ def train(steps: int, out: Path, weights: Path | None = None) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=LEGS[-1][1])
+    parser.add_argument("--steps", type=int, default=LEGS[-1].last)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--weights", type=Path, help="train the last leg on top of this checkpoint")
     arguments = parser.parse_args()

@@ -44,7 +44,7 @@ REALIZATIONS, GRADIENTS = 256, 2048
 LEADING = 6
 SEEDS = 24
 STRENGTHS = np.linspace(-1, 1, 5)
-# A factor that a direction leaves alone still differs between the ends, by chance: so many seeds that it hardly counts.
+# A factor that a direction leaves alone still differs between the ends, by chance: so many seeds that it counts little.
 SEEDS_AT_ENDS = 128
 # A direction moves a factor if its ends lie so far apart, in the factor's spread.
 MOVED = 0.5
@@ -83,7 +83,7 @@ def movements(demo: Demo, noun: str, vectors: torch.Tensor) -> list[dict[str, An
     Returns:
         per direction `rho`: rank correlation of strength and factor within each held-out seed, averaged; `moved`: how
         far the mean of the seeds moves from one end to the other, in units of the factor's spread (shape: how far its
-        shares move); and the share of `valid` images.
+        shares move), without what it would move by chance; and the share of `valid` images.
     """
     unit = torch.nn.functional.normalize(vectors, dim=1)
     along = _steered(demo, noun, unit, STRENGTHS, SEEDS)
@@ -96,15 +96,22 @@ def movements(demo: Demo, noun: str, vectors: torch.Tensor) -> list[dict[str, An
             for name in CONTINUOUS
         }
         low, high = (
-            {name: ends.factors[name].reshape(len(vectors), 2, SEEDS_AT_ENDS)[k, end].numpy() for name in FACTORS}
+            {name: ends.factors[name].reshape(len(vectors), 2, SEEDS_AT_ENDS)[k, end] for name in FACTORS}
             for end in (0, 1)
         )
-        moved = {name: float(abs((high[name] - low[name]).mean()) / SPREAD) for name in CONTINUOUS}
-        shares = [np.bincount(end["shape"], minlength=len(SHAPES)) / SEEDS_AT_ENDS for end in (low, high)]
-        moved["shape"] = float(np.abs(shares[1] - shares[0]).sum() / 2 / DIFFERENT)
+        moved = {name: _moved(high[name] - low[name]) / SPREAD for name in CONTINUOUS}
+        shares = [
+            _moved((high["shape"] == shape).float() - (low["shape"] == shape).float()) for shape in range(len(SHAPES))
+        ]
+        moved["shape"] = sum(shares) / 2 / DIFFERENT
         valid = ends.valid.reshape(len(vectors), -1)[k].float().mean()
         out.append({"rho": rho, "moved": moved, "valid": float(valid)})
     return out
+
+
+def _moved(differences: torch.Tensor) -> float:
+    """Size of the mean of differences (N,), each of one seed: the root of an unbiased estimate of its square."""
+    return float((differences.mean() ** 2 - differences.var() / len(differences)).clamp_min(0).sqrt())
 
 
 def _steered(demo: Demo, noun: str, unit: torch.Tensor, strengths: np.ndarray, seeds: int) -> Measurement:

@@ -66,6 +66,8 @@ PROMPTS: list[list[str]] = [[], *([word] for words in WORDS.values() for word in
 SEED = 9001
 REALIZATIONS, GRADIENTS, TEACHER_STEPS = 128, 1024, 10
 BINS = 3
+# So many leading directions of each method are labelled.
+LABELLED = 7
 # Effects of a direction smaller than this share of a factor's range are not called a move.
 MOVED = 0.15
 
@@ -262,60 +264,61 @@ def methods(found: dict[str, list[Directions]]) -> dict[str, Method]:
     }
 
 
-def label_agreement(teacher: Demo, directions: Directions, images: int) -> dict[str, Any]:
-    """How often the word that Label Directions suggests belongs to the factor that the direction moves most."""
+def label_agreement(teacher: Demo, found: dict[str, list[Directions]], images: int) -> dict[str, Any]:
+    """How often the word that Label Directions suggests belongs to the factor that the direction moves most.
+
+    Of every method's leading directions of the bare prompt, those that move a factor.
+    """
     factor_of = {word: factor for factor, words in WORDS.items() for word in words}
     words = list(factor_of)
     bare = teacher.encode(f"a {CONCEPT}")[0, 2:3]
     moved = torch.stack([teacher.encode(f"a {word} {CONCEPT}")[0, 3:4] for word in words])
-    labels = label(directions, words, bare, moved)
     rows = []
-    for index, found in enumerate(labels):
-        ends = []
-        for sign in (-1, 1):
-            step = sign * 0.7 * directions.vectors[index]
-
-            def change(rows: torch.Tensor, at: int, sigma: float, first: int, step: Any = step) -> torch.Tensor:
-                return step_rows(step.expand(len(rows), -1), rows, at)
-
-            ends.append(measure(sample(teacher, [], images, SEED, change)))
-        effect = {
-            name: float((ends[1].factors[name] - ends[0].factors[name]).clamp(-1, 1).mean().abs())
-            for name in CONTINUOUS
-        }
-        shares = [torch.bincount(end.factors["shape"], minlength=len(SHAPES)) / images for end in ends]
-        effect["shape"] = float((shares[1] - shares[0]).abs().sum() / 2)
-        most = max(effect, key=lambda name: effect[name])
-        word, score = found.best
-        rows.append(
-            {
-                "direction": index,
-                "moves": most if effect[most] >= MOVED else None,
-                "effect": effect,
-                "word": word,
-                "score": score,
-                "factor": factor_of.get(word),
-            }
-        )
-    nameable = [row for row in rows if row["moves"]]
+    for method, of_prompt in found.items():
+        directions = of_prompt[0]
+        for index, suggested in enumerate(label(directions, words, bare, moved)[:LABELLED]):
+            effect = effects(teacher, directions.vectors[index], images)
+            most = max(effect, key=lambda name: effect[name])
+            word, score = suggested.best
+            rows.append(
+                {
+                    "method": method,
+                    "direction": index,
+                    "moves": most if effect[most] >= MOVED else None,
+                    "effect": effect,
+                    "word": word,
+                    "score": score,
+                    "factor": factor_of.get(word),
+                }
+            )
+    right = {
+        method: [row["moves"] == row["factor"] for row in rows if row["moves"] and row["method"] == method]
+        for method in found
+    }
+    every = [one for some in right.values() for one in some]
     return {
-        "agreement": float(np.mean([row["moves"] == row["factor"] for row in nameable])) if nameable else None,
-        "nameable": len(nameable),
+        "agreement": float(np.mean(every)) if every else None,
+        "right": {method: [sum(some), len(some)] for method, some in right.items()},
         "directions": rows,
     }
 
 
-def agreement_of_all_methods() -> float | None:
-    """The same of every method's leading directions, as `python -m bench.concepts directions` left it.
+def effects(teacher: Demo, vector: torch.Tensor, images: int) -> dict[str, float]:
+    """How far a direction (1, d) moves each factor of the bare prompt's images, from -0.7 to 0.7 token norms."""
+    ends = []
+    for sign in (-1, 1):
+        step = sign * 0.7 * vector
 
-    It takes twice the gradients; random directions do not count.
-    """
-    path = RESULTS.with_name("estimators.json")
-    kept = json.loads(path.read_text()).get("label_agreement") if path.is_file() else None
-    if not kept:
-        return None
-    counts = [count for name, count in kept.items() if name != "random"]
-    return sum(right for right, _ in counts) / sum(count for _, count in counts)
+        def change(rows: torch.Tensor, at: int, sigma: float, first: int, step: torch.Tensor = step) -> torch.Tensor:
+            return step_rows(step.expand(len(rows), -1), rows, at)
+
+        ends.append(measure(sample(teacher, [], images, SEED, change)))
+    effect = {
+        name: float((ends[1].factors[name] - ends[0].factors[name]).clamp(-1, 1).mean().abs()) for name in CONTINUOUS
+    }
+    shares = [torch.bincount(end.factors["shape"], minlength=len(SHAPES)) / images for end in ends]
+    effect["shape"] = float((shares[1] - shares[0]).abs().sum() / 2)
+    return effect
 
 
 def summary(curves: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
@@ -402,15 +405,15 @@ def main() -> None:
             seen = once(f"{name} {strength}", lambda change=change: point(student, arguments.images, change))
             curves[name].append({"strength": strength, **seen})
             print(name, strength, " ".join(f"{k} {v:.3f}" for k, v in seen.items()), flush=True)
-    labels = once("labels", lambda: label_agreement(teacher, found["response"][0], arguments.images))
+    labels = once("labels", lambda: label_agreement(teacher, found, arguments.images))
     figures = {
         "images_a_point": arguments.images * (len(PROMPTS) + 1),
         "prompts": len(PROMPTS),
         "steps": STEPS,
         "weights": version,
         **summary(curves),
-        "label_agreement": agreement_of_all_methods(),
-        "label_agreement_of_half_as_many_gradients": labels["agreement"],
+        "label_agreement": labels["agreement"],
+        "label_agreement_of": labels["right"],
         "labels": labels,
         "methods": curves,
         "seconds": time.monotonic() - began,

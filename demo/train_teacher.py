@@ -281,58 +281,6 @@ def joined(parts: list[Samples]) -> Samples:
     )
 
 
-class Bank:
-    """Many images of each bare noun, and the mean of those that a noised image may come from.
-
-    The best estimate is the mean over all images x of a caption, weighted by the likelihood of the noised image; the
-    mean over a bank that holds the image which was noised is a target with less noise than that image alone (Xu et
-    al., arXiv 2302.00670), and what a noun leaves open is learnt evenly.
-    """
-
-    def __init__(self, vae: demo_model.PatchVAE) -> None:
-        draw = torch.Generator().manual_seed(SEED + 1)
-        self.latents = {}
-        for noun in NOUNS:
-            images = render(draw_factors([compose(noun, [])] * BANK, draw))
-            self.latents[noun] = vae.encode_small(images.movedim(-1, 1) * 2 - 1).flatten(1)
-
-    def draw(
-        self, count: int, generator: torch.Generator
-    ) -> tuple[Samples, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Samples, noise levels, noise, images, and the means of the images that the noised ones may come from."""
-        captions: list[Caption] = []
-        while len(captions) < count:
-            captions.append(compose(draw_caption(generator).noun, []))
-        low, high = MEANS_MATTER
-        sigma = low + (high - low) * torch.rand(count, generator=generator)
-        sigma[: round(HIGHEST_NOISE * count)] = 1.0
-        chosen = torch.randint(BANK, (count,), generator=generator)
-        images = torch.stack([self.latents[c.noun][i] for c, i in zip(captions, chosen.tolist(), strict=True)])
-        noise = torch.randn(images.shape, generator=generator)
-        means = []
-        for caption, level, image, one in zip(captions, sigma, images, noise, strict=True):
-            bank = self.latents[caption.noun]
-            apart = (1 - level) * (image - bank) + level * one
-            means.append(torch.softmax(-apart.square().sum(1) / (2 * level**2), 0) @ bank)
-        shape = (count, demo_model.LATENT_CHANNELS, 8, 8)
-        return (
-            plain(captions, "inside"),
-            sigma,
-            noise.reshape(shape),
-            images.reshape(shape),
-            torch.stack(means).reshape(shape),
-        )
-
-
-def draw_sigma(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Noise levels for training: uniform in the schedule's time, and a share at the very highest."""
-    time_ = torch.rand(count, generator=generator)
-    shift = demo_model.SAMPLING["shift"]
-    sigma = shift * time_ / (1 + (shift - 1) * time_)
-    highest = torch.rand(count, generator=generator) < HIGHEST_NOISE
-    return torch.where(highest, torch.ones_like(sigma), sigma)
-
-
 @dataclass
 class Batch:
     """A batch of training samples.
@@ -350,6 +298,54 @@ class Batch:
     sigma: torch.Tensor
     target: torch.Tensor
     weight: torch.Tensor
+
+
+class Bank:
+    """Many images of each bare noun, and the mean of those that a noised image may come from.
+
+    The best estimate is the mean over all images x of a caption, weighted by the likelihood of the noised image; the
+    mean over a bank that holds the image which was noised is a target with less noise than that image alone (Xu et
+    al., arXiv 2302.00670), and what a noun leaves open is learnt evenly.
+    """
+
+    def __init__(self, vae: demo_model.PatchVAE) -> None:
+        draw = torch.Generator().manual_seed(SEED + 1)
+        self.latents = {}
+        for noun in NOUNS:
+            images = render(draw_factors([compose(noun, [])] * BANK, draw))
+            self.latents[noun] = vae.encode_small(images.movedim(-1, 1) * 2 - 1).flatten(1)
+
+    def draw(self, count: int, generator: torch.Generator) -> Batch:
+        """Bare nouns at high noise levels, and the velocities to the means of the images that they may come from."""
+        captions: list[Caption] = []
+        while len(captions) < count:
+            captions.append(compose(draw_caption(generator).noun, []))
+        low, high = MEANS_MATTER
+        sigma = low + (high - low) * torch.rand(count, generator=generator)
+        sigma[: round(HIGHEST_NOISE * count)] = 1.0
+        chosen = torch.randint(BANK, (count,), generator=generator)
+        images = torch.stack([self.latents[c.noun][i] for c, i in zip(captions, chosen.tolist(), strict=True)])
+        noise = torch.randn(images.shape, generator=generator)
+        means = []
+        for caption, level, image, one in zip(captions, sigma, images, noise, strict=True):
+            bank = self.latents[caption.noun]
+            apart = (1 - level) * (image - bank) + level * one
+            means.append(torch.softmax(-apart.square().sum(1) / (2 * level**2), 0) @ bank)
+        level = sigma[:, None]
+        noisy = (1 - level) * images + level * noise
+        target = (noisy - torch.stack(means)) / level
+        shape = (count, demo_model.LATENT_CHANNELS, 8, 8)
+        weight = torch.where(sigma == 1, WEIGHT_OF_MEAN, WEIGHT_OF_BANK)
+        return Batch(plain(captions, "inside"), noisy.reshape(shape), sigma, target.reshape(shape), weight)
+
+
+def draw_sigma(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Noise levels for training: uniform in the schedule's time, and a share at the very highest."""
+    time_ = torch.rand(count, generator=generator)
+    shift = demo_model.SAMPLING["shift"]
+    sigma = shift * time_ / (1 + (shift - 1) * time_)
+    highest = torch.rand(count, generator=generator) < HIGHEST_NOISE
+    return torch.where(highest, torch.ones_like(sigma), sigma)
 
 
 def batch_of(step: int, size: int, vae: demo_model.PatchVAE, bank: Bank) -> Batch:
@@ -377,15 +373,13 @@ def batch_of(step: int, size: int, vae: demo_model.PatchVAE, bank: Bank) -> Batc
     batch = Batch(samples, noisy, sigma, noise - clean, weight)
     if not bare:
         return batch
-    more, sigma, noise, images, means = bank.draw(bare, generator)
-    level = sigma[:, None, None, None]
-    noisy = (1 - level) * images + level * noise
+    more = bank.draw(bare, generator)
     return Batch(
-        joined([batch.samples, more]),
-        torch.cat([batch.noisy, noisy]),
-        torch.cat([batch.sigma, sigma]),
-        torch.cat([batch.target, (noisy - means) / level]),
-        torch.cat([batch.weight, torch.where(sigma == 1, WEIGHT_OF_MEAN, WEIGHT_OF_BANK)]),
+        joined([batch.samples, more.samples]),
+        torch.cat([batch.noisy, more.noisy]),
+        torch.cat([batch.sigma, more.sigma]),
+        torch.cat([batch.target, more.target]),
+        torch.cat([batch.weight, more.weight]),
     )
 
 

@@ -20,6 +20,9 @@ from .moments import Moments
 from .pca import check_options
 from .response import components
 
+# Cosine of two words' moves, in the model's response, above which they do not oppose each other.
+_OPPOSED = -0.25
+
 
 def fit_words(
     gradients: Gradients,
@@ -31,13 +34,15 @@ def fit_words(
     limit: int = 64,
     ridge: float | None = None,
 ) -> Directions:
-    """Pair words up, each with the one that makes the axis along which the images vary most.
+    """Pair words up, each with an opposite, by how much the images vary along the axis between them.
 
     For the move δ from one word to another, λ = δᵀCδ / (δᵀ(M + ridge)δ + 0.4/n²) is the variance of the images along
     the change that δ causes (`elrond_core.response`), with a tenth of a unit of change added, so that two words which
-    hardly differ do not make a pair. The pair of largest λ becomes a direction; its words and the variance it explains
-    are taken away, and so on. What an axis shares with those before it thus counts for nothing, while it still counts
-    as change: a pair that also moves what a louder one moves comes late.
+    hardly differ do not make a pair. Two words that say different things, such as green and small, span an axis as
+    well, but one that moves both; so only words whose own moves change the image in opposite ways make a pair (cosine
+    below -0.25 under M + ridge), and λ counts by (1 - cosine)/2. The pair of the largest becomes a direction; its words
+    and the variance it explains are taken away, and so on. What an axis shares with those before it thus counts for
+    nothing, while it still counts as change: a pair that also moves what a louder one moves comes late.
 
     Args:
         gradients: gradients with their response.
@@ -53,7 +58,8 @@ def fit_words(
         names "word → word", λ as scores, largest first, and their reach where the gradients tell it.
 
     Raises:
-        ElrondError: as `fit_response` and `label`; or if no move between two words causes a change.
+        ElrondError: as `fit_response` and `label`; or if no two words oppose each other, or the images do not vary
+            between those that do.
     """
     check_options(significance, limit)
     moves = word_moves(gradients.vectors.shape[1], gradients.vectors.shape[2], bare, moved)
@@ -62,7 +68,10 @@ def fit_words(
     change = moves @ parts.metric @ moves.T
     values = gradients.provenance.latent_values
     tenth_of_change = 0.4 / values**2 if values else 0.0
+    lengths = change.diagonal().clamp_min(torch.finfo(change.dtype).tiny).sqrt()
+    cosines = change / torch.outer(lengths, lengths)
     places = torch.combinations(torch.arange(len(words)))
+    places = places[cosines[places[:, 0], places[:, 1]] < _OPPOSED]
     free = torch.ones(len(words), dtype=torch.bool)
     # What rounding leaves of no variance is none.
     least = 1e-9 * float(parts.eigenvalues[0])
@@ -73,9 +82,10 @@ def fit_words(
         size = _between(change, first, second)
         moving = size > 1e-12 * change.diagonal().max()
         explained = torch.where(moving, _between(variance, first, second) / (size + tenth_of_change), 0.0)
-        if not len(first) or float(explained.max()) <= (significance if chosen else least):
+        explained = torch.where(explained > (significance if chosen else least), explained, 0.0)
+        if not (explained > 0).any():
             break
-        best = int(explained.argmax())
+        best = int((explained * (1 - cosines[first, second])).argmax())
         a, b = int(first[best]), int(second[best])
         chosen.append((a, b))
         scores.append(float(explained[best]))
@@ -87,7 +97,12 @@ def fit_words(
         variance = variance - torch.outer(along, shared) - torch.outer(shared, along)
         variance = variance + float(unit @ along) * torch.outer(shared, shared)
     if not chosen:
-        raise ElrondError("The images do not vary along the move from any of these words to another: try other words.")
+        raise ElrondError(
+            "The images do not vary along the move from any of these words to an opposite one: try other words, "
+            "such as small and large."
+        )
+    order = sorted(range(len(chosen)), key=lambda k: -scores[k])
+    chosen, scores = [chosen[k] for k in order], [scores[k] for k in order]
     steps = torch.stack([moves[b] - moves[a] for a, b in chosen])
     sizes = torch.stack([step @ parts.metric @ step for step in steps]).sqrt()
     lengths = steps.norm(dim=1)

@@ -79,8 +79,8 @@ class FitWords(io.ComfyNode):
             node_id="ElrondFitWords",
             display_name="Fit Word Directions (ELROND)",
             category="ELROND",
-            description="Finds the pairs of words between which the images vary most, as directions with names: dark → "
-            "bright. Needs gradients with a response.",
+            description="Finds the pairs of opposite words between which the images vary most, as directions with "
+            "names: dark → bright. Needs gradients with a response.",
             inputs=[
                 GradientsIO.Input("gradients", tooltip="From Collect Gradients with response on."),
                 io.Clip.Input("clip", tooltip="The text encoder that the prompt was encoded with."),

@@ -86,6 +86,19 @@ def test_a_pair_that_also_moves_a_louder_factor_comes_late() -> None:
     assert names[:3] == ("bright → dark", "large → small", "left → right")
 
 
+def test_words_that_say_different_things_are_no_pair() -> None:
+    """The images vary more from "small" to "right" than from "small" to "large", but these two are opposites."""
+    bare, moved = rows(ORDER)
+    common = moved.mean(0)
+    size = 0.1 * (moved - common)
+    places = {"small": size[ORDER.index("small")], "large": size[ORDER.index("large")]}
+    places["right"] = moved[ORDER.index("right")] - common
+    order = [*places, *(f"idle {k}" for k in range(60))]
+    several = common + torch.stack([*places.values(), *[torch.zeros_like(common)] * 60])
+    found = fit_words(gradients(), order, bare, several, ridge=1e-4, significance=0.2)
+    assert "small → large" in found.names
+
+
 def test_the_same_gradients_give_the_same_pairs_with_noise() -> None:
     assert fit_words(gradients(0.5), ORDER, *rows(ORDER), ridge=1e-3, limit=3).names == (
         "bright → dark",

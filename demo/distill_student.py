@@ -27,7 +27,7 @@ from .train_teacher import OUT, TextEncoder, Words, conditioning, draw_samples, 
 SEED = 10602
 BATCH = 32
 # Iterations and the guidance of the real score in each leg.
-LEGS = ((600, 7.0), (300, 12.0), (300, 16.0), (100, 5.0))
+LEGS = ((600, 7.0), (300, 12.0), (300, 16.0), (50, 5.0))
 ITERATIONS = sum(iterations for iterations, _ in LEGS)
 STUDENT_STEPS = 4
 STUDENT_RATE = 3e-4

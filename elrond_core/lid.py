@@ -2,10 +2,11 @@
 
 The three published estimates put the cut where the sample happens to lie, and drift with its size. Ours asks which
 eigenvalues noise alone could not have made. The eigenvalues of a sample of noise spread even if its variances are all
-equal (Marchenko and Pastur, 1967), and further where they are not; so the noise's variances are taken to be Gamma
-distributed, with a level and a spread read off the lower part of the spectrum (Ke, Ma and Lin, 2023, "Estimation of
-the number of spiked eigenvalues in a covariance matrix by bulk eigenvalue matching analysis"), and the largest
-eigenvalue of such noise follows (El Karoui, 2007, "Tracy-Widom limit for the largest eigenvalue of a large class of
+equal (Marchenko and Pastur, 1967), and further where they are not; so the noise's variances are taken to be Gamma or
+uniformly distributed, whichever fits better, with a level and a spread read off the lower part of the spectrum (Ke, Ma
+and Lin, 2023, "Estimation of the number of spiked eigenvalues in a covariance matrix by bulk eigenvalue matching
+analysis", who take the Gamma distribution; its tail lies too high where variances end), and the largest eigenvalue of
+such noise follows (El Karoui, 2007, "Tracy-Widom limit for the largest eigenvalue of a large class of
 complex sample covariance matrices"). There is no signal unless an eigenvalue exceeds what noise hardly ever reaches;
 if one does, the cut lies where signal becomes likelier than noise, which is lower where the signal comes down to the
 noise than where it ends well above. Only eigenvalues are needed, not the gradients, so that moments will do.
@@ -14,13 +15,17 @@ That counts all that the gradients hold, and it counts linearly: an image whose 
 curve that bends through many dimensions. How many ways there are to vary is a property of that curve, not of the
 space it bends through. At the highest noise level the estimate hardly depends on the realization that was noised, so
 the mean of the gradients towards one target places that realization among the others, as the concept's rows see them,
-and their scatter about the mean says how surely. Of the components of the response (`elrond_core.response`) those are
-taken along which the places vary surely and by more than a latent value does; each then counts alike, or a loud one
-would hide the others. The places have a correlation dimension (Grassberger and Procaccia, 1983, "Measuring the
-strangeness of strange attractors"): how fast the number of neighbours grows with the radius. Points in a box with sides
-fall short of its dimension, the more the higher it is; so the dimension is that of the box, every way varying evenly
-and by itself, whose points do the same. It assumes that distances at which 5 to 40 % of all pairs are neighbours lie
-above the noise of the places and below the bends of the curve, and it can count no more ways than it has components.
+and their scatter about the mean says how surely. Linear discriminant analysis (Fisher, 1936) finds the components along
+which the places differ most for that scatter. Those count whose reliability, the variance between places as a share of
+that of a single gradient, is above 0.8, or where the model is too noisy for that, whose signal is above a quarter of
+the clearest's: neither depends on how many gradients there are. If each counted alike, faint bends would count as much
+as ways; in units of the scatter, a loud way would hide the others; each counts by the geometric mean of the two. The
+places have a correlation dimension (Grassberger and Procaccia, 1983, "Measuring the strangeness of strange
+attractors"): how fast the number of neighbours grows with the radius. Points in a box with sides fall short of its
+dimension, the more the higher it is; so the dimension is that of the box, every way varying evenly and by itself, whose
+points do the same. It assumes that distances at which 5 to 40 % of all pairs are neighbours lie above the noise of the
+places and below the bends of the curve; bends that the model answers clearly to still count in part, so that it ranks
+concepts better than it counts their ways.
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ from .errors import ElrondError
 from .gradients import Gradients
 from .moments import Moments
 from .pca import descending, fit_pca
-from .response import components
+from .response import generalised
 from .seeding import generator
 
 # How often noise alone exceeds what tells that there is signal at all (it is looked at more than once), and what the
@@ -50,12 +55,15 @@ _TRACY_WIDOM = gamma(46.446, loc=-9.84801, scale=0.186054)
 # Quantiles of the lower 60 % of the bulk: signal that was not found yet sits at the top.
 _LEVELS = (np.arange(40) + 0.5) / 40 * 0.6
 _SPREADS = np.sqrt([0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0])
-_CAP = 160
+# The widest uniform distribution of variances.
+_EVEN = 0.57
+_CAP = 400
 _FLAT = 0.5
 # Shares of the pairs of realizations between whose distances the correlation dimension is taken; the fewest
 # realizations and gradients a target for it, the most that are compared, and how often half of them is drawn.
 _NEAR, _FAR = 0.05, 0.4
 _LEAST_TARGETS, _LEAST_REPEATS, _MOST_TARGETS, _HALVES = 30, 2, 2000, 50
+_RELIABLE = 0.8
 # Points in the cubes that a slope is compared with.
 _POINTS = 500
 
@@ -176,11 +184,10 @@ def correlation_dimension(gradients: Gradients, seed: int = 0) -> tuple[float, t
     """Correlation dimension of the realizations as the concept's rows see them, and its 90 % interval.
 
     The dimension of the cube whose evenly drawn points have the same `correlation_slope`. A realization's place is the
-    mean of the gradients towards it, at the highest noise level collected, in standard deviations of each component.
-    Where the response was collected, components are its own, and count if the places vary along them by more than the
-    variance of a latent value; otherwise they are those of PCA. In both cases the variance must be twice that of the
-    error of the places. The interval comes from half-samples without replacement (a bootstrap would repeat places, at
-    no distance).
+    mean of the gradients towards it, at the highest noise level collected, along discriminant components (see above),
+    in units of the geometric mean of the deviations of the places and of the gradients. They are sought among the leading principal components of the gradients, four
+    gradients to each. The interval comes from half-samples without replacement (a bootstrap would repeat places, at no
+    distance).
 
     Returns:
         The dimension and its interval, or None where fewer than 30 realizations are the target of at least 2 gradients.
@@ -191,22 +198,22 @@ def correlation_dimension(gradients: Gradients, seed: int = 0) -> tuple[float, t
     gradients = gradients.at_levels(gradients.levels[:1])
     vectors = gradients.flat.double()
     some, place, repeats = gradients.targets.unique(return_inverse=True, return_counts=True)
-    sums = torch.zeros(len(some), vectors.shape[1], dtype=torch.float64).index_add(0, place, vectors)
-    means = sums / repeats[:, None]
+    freedom = len(vectors) - len(some)
     enough = repeats >= _LEAST_REPEATS
     if int(enough.sum()) < _LEAST_TARGETS:
         return None
-    known = len(gradients.response) > 0
-    axes = components(gradients).moves if known else descending(Moments.of(gradients).covariance())[1]
-    scatter = ((vectors - means[place]) @ axes).square().sum(0) / (len(vectors) - len(some))
-    error = scatter * (1 / repeats[enough]).mean()
-    means = means[enough] @ axes
-    signal = means.var(0) - error
-    # Rounding is no signal.
-    kept = signal > (2 * error).clamp_min(1.0 if known else 1e-9 * float(signal.max()))
-    # The clearest, where none is clear.
-    means = means[:, kept] if kept.any() else means[:, [int((signal / error.clamp_min(1e-300)).argmax())]]
-    means = means / means.std(0).clamp_min(1e-300)
+    vectors = vectors @ descending(Moments.of(gradients).covariance())[1][:, : max(1, freedom // 4)]
+    sums = torch.zeros(len(some), vectors.shape[1], dtype=torch.float64).index_add(0, place, vectors)
+    means = sums / repeats[:, None]
+    apart = vectors - means[place]
+    within = apart.T @ apart / freedom
+    # Rounding is no scatter.
+    within.diagonal().add_(1e-13 * vectors.var(0).max())
+    ratios, components = generalised(means[enough].T.cov(), within)
+    signal = ratios - (1 / repeats[enough]).mean()
+    kept = signal > min(_RELIABLE / (1 - _RELIABLE), float(signal[0]) / 4)
+    means = means[enough] @ components[:, kept]
+    means = means / means.std(0).clamp_min(1e-300) * signal[kept] ** 0.25
     draw = generator(seed, "correlation dimension")
     means = means[torch.randperm(len(means), generator=draw)[:_MOST_TARGETS]]
     distances = torch.cdist(means, means)
@@ -260,6 +267,7 @@ class _Fit:
         self.eigenvalues, self.samples, self.size, self.seed = eigenvalues, samples, size, seed
         self.signal = 0
         self.flat = True
+        self.tailed = True
         # Noise below rounding errors is none.
         self.least = 1e-12 * float(eigenvalues[0])
         # The lower bulk, which hidden signal hardly touches, tells noise from what it seldom reaches; then what is
@@ -293,18 +301,12 @@ class _Fit:
     def _match_quantiles(self) -> None:
         bulk, size, samples = self._bulk
         seen = _interpolate(bulk[::-1])
-        curves = np.stack([_interpolate(self._simulate(spread, size, samples)[::-1]) for spread in _SPREADS])
-        levels = (curves @ seen) / (curves**2).sum(1)
-        misfit = ((levels[:, None] * curves - seen) ** 2).sum(1)
-        best = int(misfit.argmin())
-        spread, noise = float(_SPREADS[best]), float(levels[best])
-        if 0 < best < len(_SPREADS) - 1:
-            # The vertex of the parabola through the best and its neighbours.
-            near = slice(best - 1, best + 2)
-            square, line, _ = np.polyfit(_SPREADS[near], misfit[near], 2)
-            if square > 0:
-                spread = float(np.clip(-line / (2 * square), _SPREADS[best - 1], _SPREADS[best + 1]))
-                noise = float(np.interp(spread, _SPREADS, levels))
+        fits = []
+        for tailed in (True, False):
+            spreads = _SPREADS if tailed else _SPREADS[_SPREADS < _EVEN]
+            curves = [_interpolate(self._simulate(spread, tailed, size, samples)[::-1]) for spread in spreads]
+            fits.append((*_best_spread(seen, np.stack(curves), spreads), tailed))
+        _, noise, spread, self.tailed = min(fits)
         self._set(noise, spread, size, samples)
 
     def _match_moments(self) -> None:
@@ -320,7 +322,14 @@ class _Fit:
         rng = np.random.default_rng(self.seed)
         variances = np.ones((_DRAWS, size))
         if spread > 0.01:
-            variances = rng.standard_gamma(spread**-2, (_DRAWS, size)) * spread**2
+            # So many values tell their spread to so much.
+            error = 1 / math.sqrt(_LEVELS[-1] * size)
+            spreads = spread * np.exp(error * rng.standard_normal((_DRAWS, 1)))
+            variances = (
+                rng.standard_gamma(spreads**-2, (_DRAWS, size)) * spreads**2
+                if self.tailed
+                else 1 + math.sqrt(3) * spreads.clip(0, _EVEN) * rng.uniform(-1, 1, (_DRAWS, size))
+            )
         place, centre, scale = edge_of_noise(variances, samples)
         unit = self.noise * samples / self.samples
         centre, scale = centre * unit, scale * unit
@@ -328,7 +337,7 @@ class _Fit:
         self.seldom, self.rare = (float(np.quantile(self.largest, 1 - often)) for often in (_SELDOM, _RARE))
         self.threshold = self._cut(centre, scale)
         self.visible = float(np.median(1 / place)) * self.noise
-        self._variances = _quantiles(spread, size) * self.noise
+        self._variances = _quantiles(spread, self.tailed, size) * self.noise
 
     def _cut(self, centre: np.ndarray, scale: np.ndarray) -> float:
         """The eigenvalue above which signal is likelier than noise; centre and scale are those of the draws.
@@ -346,14 +355,14 @@ class _Fit:
         denser = np.flatnonzero(noise > density)
         return float(places[min(denser[-1] + 1, len(places) - 1)] if len(denser) else places[0])
 
-    def _simulate(self, spread: float, size: int, samples: int) -> np.ndarray:
+    def _simulate(self, spread: float, tailed: bool, size: int, samples: int) -> np.ndarray:
         """Mean eigenvalues, descending, of samples of noise of mean variance 1, at a smaller size of equal shape."""
         shrink = min(1.0, _CAP / min(size, samples))
         size, samples = max(2, round(size * shrink)), max(2, round(samples * shrink))
         rng = np.random.default_rng(self.seed + 1)
-        scale = np.sqrt(_quantiles(spread, size))
+        scale = np.sqrt(_quantiles(spread, tailed, size))
         found = []
-        for _ in range(3):
+        for _ in range(1 if shrink < 1 else 3):
             if samples >= size:
                 # Bartlett: a triangle has the law of the whole sample, however many there are.
                 factor = np.tril(rng.standard_normal((size, size)), -1)
@@ -366,7 +375,7 @@ class _Fit:
 
     def null(self) -> np.ndarray:
         """Eigenvalues the fitted noise would have, in the place of all."""
-        curve = self._simulate(self.spread, self.size, self.samples)[::-1] * self.noise
+        curve = self._simulate(self.spread, self.tailed, self.size, self.samples)[::-1] * self.noise
         places = (np.arange(len(self.eigenvalues)) + 0.5) / len(self.eigenvalues)
         return np.interp(places, (np.arange(len(curve)) + 0.5) / len(curve), curve)[::-1].copy()
 
@@ -438,11 +447,28 @@ def _verdict(fit: _Fit, count: int) -> str:
     return f"The weakest is {fit.clearance():.1f} times what {count} gradients can just show."
 
 
-def _quantiles(spread: float, size: int) -> np.ndarray:
-    """Variances of mean 1, Gamma distributed with a relative standard deviation, at evenly spaced quantiles."""
+def _best_spread(seen: np.ndarray, curves: np.ndarray, spreads: np.ndarray) -> tuple[float, float, float]:
+    """Misfit, level and spread of the curve, times a level, that comes nearest to what is seen."""
+    levels = (curves @ seen) / (curves**2).sum(1)
+    misfit = ((levels[:, None] * curves - seen) ** 2).sum(1)
+    best = int(misfit.argmin())
+    if 0 < best < len(spreads) - 1:
+        # The vertex of the parabola through the best and its neighbours.
+        near = slice(best - 1, best + 2)
+        square, line, constant = np.polyfit(spreads[near], misfit[near], 2)
+        if square > 0:
+            spread = float(np.clip(-line / (2 * square), spreads[best - 1], spreads[best + 1]))
+            least = max(0.0, float(constant + line * spread + square * spread**2))
+            return least, float(np.interp(spread, spreads, levels)), spread
+    return float(misfit[best]), float(levels[best]), float(spreads[best])
+
+
+def _quantiles(spread: float, tailed: bool, size: int) -> np.ndarray:
+    """Variances of mean 1 at evenly spaced quantiles, with a relative standard deviation: Gamma, or else uniform."""
     if spread <= 0.01:
         return np.ones(size)
-    values = gammaincinv(spread**-2, (np.arange(size) + 0.5) / size)
+    places = (np.arange(size) + 0.5) / size
+    values = gammaincinv(spread**-2, places) if tailed else 1 + math.sqrt(3) * min(spread, _EVEN) * (2 * places - 1)
     return values / values.mean()
 
 

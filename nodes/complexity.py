@@ -21,7 +21,7 @@ class EstimateLID(io.ComfyNode):
             display_name="Estimate LID (ELROND)",
             category="ELROND",
             description="Estimates a concept's complexity: the number of independent ways the model can vary it.",
-            inputs=[GradientsIO.Input("gradients", tooltip="From Collect Gradients, with response on if possible.")],
+            inputs=[GradientsIO.Input("gradients", tooltip="From Collect Gradients or Load Gradients.")],
             outputs=[
                 io.Float.Output(display_name="dimension", tooltip="The estimate."),
                 io.String.Output(display_name="report", tooltip="All estimates, and what they assume."),

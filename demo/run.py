@@ -258,7 +258,10 @@ def main() -> None:
         rows = []
         for row in table:
             best = max(CONTINUOUS, key=lambda name: abs(row["rho"][name]))
-            rows.append((f"{row['name']}\n{best} {row['rho'][best]:+.2f}", strips[row["direction"]]))
+            moves = f"{best} {row['rho'][best]:+.2f}"
+            if abs(row["rho"][best]) < 0.8 and len(set(row["shape"].values())) > 1:
+                moves = "{negative} → {positive}".format(**row["shape"])
+            rows.append((f"{row['name']}\n{moves}", strips[row["direction"]]))
         sheet(output / "directions.png", rows, [f"{s:+g}" for s in STRENGTHS], "strength, in token norms")
 
         print("3/4 diversify: the distilled student")

@@ -185,9 +185,9 @@ def correlation_dimension(gradients: Gradients, seed: int = 0) -> tuple[float, t
 
     The dimension of the cube whose evenly drawn points have the same `correlation_slope`. A realization's place is the
     mean of the gradients towards it, at the highest noise level collected, along discriminant components (see above),
-    in units of the geometric mean of the deviations of the places and of the gradients. They are sought among the leading principal components of the gradients, four
-    gradients to each. The interval comes from half-samples without replacement (a bootstrap would repeat places, at no
-    distance).
+    in units of the geometric mean of the deviations of the places and of the gradients. Components are sought among
+    the leading principal ones of the gradients, four gradients to each. The interval comes from half-samples without
+    replacement (a bootstrap would repeat places, at no distance).
 
     Returns:
         The dimension and its interval, or None where fewer than 30 realizations are the target of at least 2 gradients.

@@ -133,8 +133,8 @@ class Bench:
             .args[0]
         )
         self.sigma = host.sigma_of(self.demo.model, 1.0)
-        digest = hashlib.blake2b((WEIGHTS / "teacher.safetensors").read_bytes(), digest_size=6).hexdigest()
-        self.folder = ROOT / "bench" / "results" / "collections" / f"efficiency {digest} {scale}"
+        self.weights = hashlib.blake2b((WEIGHTS / "teacher.safetensors").read_bytes(), digest_size=6).hexdigest()
+        self.folder = ROOT / "bench" / "results" / "collections" / f"efficiency {self.weights} {scale}"
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def count(self, full: int) -> int:
@@ -658,6 +658,7 @@ def main() -> None:
     figures: dict[str, Any] = {
         "evaluations_ratio_equal_quality": goal["calls"] / equal["calls"] if equal else None,
         "evaluations": {
+            "weights": bench.weights,
             "directions": {"significant": len(truth.significant), "all": len(truth.all)},
             "published": whole,
             "recipes": curves,

@@ -578,7 +578,7 @@ def draw(curves: dict[str, list[dict[str, Any]]], published: list[dict[str, Any]
             axes.set(xlabel="denoiser calls", ylabel=f"{'1 - ' if measure == 'reconstruction' else ''}{measure}")
             axes.set_title(f"{name} directions", fontsize=10)
             axes.grid(alpha=0.3)
-    panels[0][1].legend(fontsize=7)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.print_png(str(path))
 

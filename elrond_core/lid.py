@@ -7,9 +7,10 @@ uniformly distributed, whichever fits better, with a level and a spread read off
 and Lin, 2023, "Estimation of the number of spiked eigenvalues in a covariance matrix by bulk eigenvalue matching
 analysis", who take the Gamma distribution; its tail lies too high where variances end), and the largest eigenvalue of
 such noise follows (El Karoui, 2007, "Tracy-Widom limit for the largest eigenvalue of a large class of
-complex sample covariance matrices"). There is no signal unless an eigenvalue exceeds what noise hardly ever reaches;
-if one does, the cut lies where signal becomes likelier than noise, which is lower where the signal comes down to the
-noise than where it ends well above. Only eigenvalues are needed, not the gradients, so that moments will do.
+complex sample covariance matrices"). How far off level and spread may be is seen by fitting simulated noise; so the
+edge of the noise is not one number but many draws. There is no signal unless an eigenvalue exceeds what noise hardly
+ever reaches; if one does, each draw is weighed by how likely it makes the eigenvalues on either side of it, and the
+number of signals is that with the most weight. Only eigenvalues are needed, not the gradients, so that moments will do.
 
 That counts all that the gradients hold, and it counts linearly: an image whose one factor is a position runs along a
 curve that bends through many dimensions. How many ways there are to vary is a property of that curve, not of the
@@ -30,8 +31,10 @@ concepts better than it counts their ways.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +52,12 @@ from .seeding import generator
 # How often noise alone exceeds what tells that there is signal at all (it is looked at more than once), and what the
 # signal's density is taken from.
 _RARE, _SELDOM = 0.01, 0.05
-_DRAWS = 200
+# Draws of the noise's variances, and of the largest eigenvalue from each; how often its fit is repeated on simulated
+# noise of at most so many values, to see how far off it may be.
+_DRAWS, _EACH = 400, 5
+_REPEATS, _SMALL = 100, 100
+# Eigenvalues by which the density of signal and of noise is told where one turns into the other.
+_WEAKEST, _STRONGEST = 4, 8
 # The Tracy-Widom law as a shifted Gamma (Chiani, 2014).
 _TRACY_WIDOM = gamma(46.446, loc=-9.84801, scale=0.186054)
 # Quantiles of the lower 60 % of the bulk: signal that was not found yet sits at the top.
@@ -73,7 +81,7 @@ class LIDReport:
     """Estimates of the intrinsic dimension, side by side.
 
     Attributes:
-        estimate: eigenvalues that are likelier to be signal than noise; 0 if noise alone could have made them all.
+        estimate: the likeliest number of eigenvalues that are signal; 0 if noise alone could have made them all.
         interval: 90 % interval (parametric bootstrap: signal and noise redrawn from what was fitted); its upper end is
             None where the signal is not detectable to its end.
         detectable: whether the signal ends above the noise: had it gone on as it falls, more of it would have been
@@ -87,7 +95,8 @@ class LIDReport:
         correlation_interval: its 90 % interval (half-samples of the realizations), or None.
         eigenvalues: float64, (P,): variances of the principal components, descending.
         null: float64, (P,): what the fitted noise alone would have had in their place.
-        threshold: the eigenvalue above which signal is likelier than noise.
+        threshold: halfway between the weakest signal and the strongest noise; where there is no signal, what noise
+            exceeds once in a hundred times.
         visible: the smallest variance of a direction, noise included, that this many gradients can show (the
             transition of Baik, Ben Arous and Péché).
         noise: mean variance of the noise along a dimension.
@@ -270,25 +279,35 @@ class _Fit:
         self.tailed = True
         # Noise below rounding errors is none.
         self.least = 1e-12 * float(eigenvalues[0])
-        # The lower bulk, which hidden signal hardly touches, tells noise from what it seldom reaches; then what is
-        # likelier to be signal is taken off, once before the whole bulk is fitted, which is more exact, and once after.
-        # More often would take noise for signal: the less is left of it, the narrower it looks.
+        # The lower bulk, which hidden signal hardly touches, tells noise from what it seldom reaches; then the
+        # likeliest signal is taken off, and again from the whole bulk, which is more exact. More often would take noise
+        # for signal: the less is left of it, the narrower it looks.
         while True:
             self._match_quantiles()
             found = self._above(self.seldom if self.signal else self.rare)
             if found <= self.signal:
                 break
             self.signal = found
-        for match in (self._match_quantiles, self._match_moments):
-            self.signal = self._above(self.threshold)
-            match()
-        self.signal = self._above(self.threshold)
+        if self.signal:
+            for match in (self._match_quantiles, self._match_moments):
+                self.signal = self._likeliest()
+                match()
+            self.signal = self._likeliest()
+            while self._stray():
+                self.signal -= 1
+                self._match_moments()
+        cut = self.eigenvalues[self.signal - 1 : self.signal + 1]
+        self.threshold = float(cut.mean()) if self.signal else self.rare
         self.flat = self.flat and self.spread <= _FLAT
         self.detectable = self.flat and self.signal > 0 and self._ends()
 
     def _above(self, level: float) -> int:
-        """How many eigenvalues are above a level; where too few are left to be noise, it is not flat."""
-        found, most = int((self.eigenvalues > level).sum()), len(self.eigenvalues) - 10
+        """How many eigenvalues are above a level."""
+        return self._leave_noise(int((self.eigenvalues > level).sum()))
+
+    def _leave_noise(self, found: int) -> int:
+        """A number of signals; where too few eigenvalues are left to be noise, it is not flat."""
+        most = len(self.eigenvalues) - 10
         self.flat = self.flat and found <= most
         return min(found, most)
 
@@ -305,72 +324,98 @@ class _Fit:
         for tailed in (True, False):
             spreads = _SPREADS if tailed else _SPREADS[_SPREADS < _EVEN]
             curves = [_interpolate(self._simulate(spread, tailed, size, samples)[::-1]) for spread in spreads]
-            fits.append((*_best_spread(seen, np.stack(curves), spreads), tailed))
-        _, noise, spread, self.tailed = min(fits)
-        self._set(noise, spread, size, samples)
+            fits.append((_best_spread(seen, np.stack(curves), spreads), tailed, np.stack(curves), spreads))
+        (_, noise, spread), self.tailed, found, spreads = min(fits, key=lambda fit: fit[:2])
+
+        def fit(values: np.ndarray, *_: int) -> tuple[float, float]:
+            return _best_spread(_interpolate(values[::-1]), found, spreads)[1:]
+
+        self._set(noise, spread, size, samples, fit)
 
     def _match_moments(self) -> None:
         bulk, size, samples = self._bulk
-        mean, square = bulk.sum() / size, (bulk**2).sum() / size
-        # A sample of equal variances has a mean square of mean² (1 + size/samples).
-        excess = square / mean**2 - 1 - size / samples if mean > self.least else 0.0
-        self._set(float(mean), float(np.sqrt(max(0.0, excess))), size, samples)
 
-    def _set(self, noise: float, spread: float, size: int, samples: int) -> None:
-        """Draw largest eigenvalues of such noise, and the threshold from them."""
+        def fit(values: np.ndarray, size: int, samples: int) -> tuple[float, float]:
+            mean, square = values.sum() / size, (values**2).sum() / size
+            # A sample of equal variances has a mean square of mean² (1 + size/samples).
+            excess = square / mean**2 - 1 - size / samples if mean > self.least else 0.0
+            return float(mean), math.sqrt(max(0.0, excess))
+
+        self._set(*fit(bulk, size, samples), size, samples, fit)
+
+    def _set(
+        self,
+        noise: float,
+        spread: float,
+        size: int,
+        samples: int,
+        fit: Callable[[np.ndarray, int, int], tuple[float, float]],
+    ) -> None:
+        """Draw largest eigenvalues of noise of such a level and spread, as uncertain as `fit` leaves both.
+
+        That is seen on simulated noise: as far as it misses theirs, it may have missed the true ones the other way.
+        """
         self.noise, self.spread = max(noise, self.least), spread
+        shrink = min(1.0, _SMALL / min(size, samples))
+        small = max(2, round(size * shrink)), max(2, round(samples * shrink))
         rng = np.random.default_rng(self.seed)
-        variances = np.ones((_DRAWS, size))
-        if spread > 0.01:
-            # So many values tell their spread to so much.
-            error = 1 / math.sqrt(_LEVELS[-1] * size)
-            spreads = spread * np.exp(error * rng.standard_normal((_DRAWS, 1)))
-            variances = (
-                rng.standard_gamma(spreads**-2, (_DRAWS, size)) * spreads**2
-                if self.tailed
-                else 1 + math.sqrt(3) * spreads.clip(0, _EVEN) * rng.uniform(-1, 1, (_DRAWS, size))
-            )
-        place, centre, scale = edge_of_noise(variances, samples)
-        unit = self.noise * samples / self.samples
-        centre, scale = centre * unit, scale * unit
-        self.largest = centre + scale * _TRACY_WIDOM.rvs(_DRAWS, random_state=rng)
+        variances = _variances(np.full((_REPEATS, 1), spread), self.tailed, small[0], rng)
+        refitted = np.array([fit(_eigenvalues(some, small[1], rng), *small) for some in variances])
+        pick = rng.integers(0, _REPEATS, _DRAWS)
+        levels = refitted[pick, 0] ** -math.sqrt(shrink)
+        spreads = np.clip(spread + math.sqrt(shrink) * (spread - refitted[pick, 1:]), 0.0, 1.0)
+
+        place, centre, scale = edge_of_noise(_variances(spreads, self.tailed, size, rng), samples)
+        unit = (self.noise * levels * samples / self.samples)[:, None]
+        drawn = _TRACY_WIDOM.rvs((_DRAWS, _EACH), random_state=rng)
+        self.largest = (unit * (centre[:, None] + scale[:, None] * drawn)).ravel()
         self.seldom, self.rare = (float(np.quantile(self.largest, 1 - often)) for often in (_SELDOM, _RARE))
-        self.threshold = self._cut(centre, scale)
         self.visible = float(np.median(1 / place)) * self.noise
         self._variances = _quantiles(spread, self.tailed, size) * self.noise
 
-    def _cut(self, centre: np.ndarray, scale: np.ndarray) -> float:
-        """The eigenvalue above which signal is likelier than noise; centre and scale are those of the draws.
+    def _likeliest(self) -> int:
+        """How many eigenvalues are signal, most likely.
 
-        Signal is taken to be as dense at the edge of the noise as its weakest four that noise seldom reaches, and the
-        cut lies where the density of the noise's largest eigenvalue falls below that: low if the signal comes down to
-        the edge, high if it ends before. Where nothing is above what noise rarely reaches, that is the cut.
+        Each draw of the noise's largest eigenvalue may be the edge between signal and noise. It weighs as likely as it
+        makes what lies on either side, as points that fall at random: those above it in the density of the weakest
+        signal that noise seldom reaches, those below it in half the density that noise has just below all likely
+        edges, since it thins out towards its own. So an edge lies in a gap rather than above it, where noise is
+        missing, or in the midst of what is as dense as noise.
         """
-        if self.eigenvalues[0] <= self.rare:
-            return self.rare
-        clear = self.eigenvalues[self.eigenvalues > self.seldom][-4:]
-        density = len(clear) / (clear[0] - np.median(centre))
-        places = np.linspace(float(np.median(self.largest)), self.rare, 100)
-        noise = (_TRACY_WIDOM.pdf((places[:, None] - centre) / scale) / scale).mean(1)
-        denser = np.flatnonzero(noise > density)
-        return float(places[min(denser[-1] + 1, len(places) - 1)] if len(denser) else places[0])
+        clear = self.eigenvalues[self.eigenvalues > self.seldom][-_WEAKEST:]
+        if not len(clear):
+            return self._above(self.rare)
+        signal = len(clear) / (clear[0] - np.median(self.largest))
+        start = float(np.quantile(self.largest, 0.05))
+        below = self.eigenvalues[self.eigenvalues < start][: _STRONGEST + 1]
+        if len(below) < 2 or below[0] == below[-1]:
+            return self._above(self.seldom)
+        noise = (len(below) - 1) / (below[0] - below[-1]) / 2
+        counts = (self.eigenvalues[:, None] > self.largest).sum(0)
+        weights = counts * math.log(signal / noise) - noise * (self.largest - start)
+        return self._leave_noise(int(np.bincount(counts, np.exp(weights - weights.max())).argmax()))
+
+    def _with_last_in_noise(self) -> _Fit:
+        """The same with one signal fewer: noise that is taken for signal is missing where noise is fitted."""
+        other = copy.copy(self)
+        other.signal = self.signal - 1
+        other._match_moments()
+        return other
+
+    def _stray(self) -> bool:
+        """Whether the last of the signal is what noise may reach, and all others end well above it."""
+        if self.signal < 2:
+            return False
+        other = self._with_last_in_noise()
+        return bool(self.eigenvalues[other.signal] <= other.rare) and other._ends(_RARE)
 
     def _simulate(self, spread: float, tailed: bool, size: int, samples: int) -> np.ndarray:
         """Mean eigenvalues, descending, of samples of noise of mean variance 1, at a smaller size of equal shape."""
         shrink = min(1.0, _CAP / min(size, samples))
         size, samples = max(2, round(size * shrink)), max(2, round(samples * shrink))
         rng = np.random.default_rng(self.seed + 1)
-        scale = np.sqrt(_quantiles(spread, tailed, size))
-        found = []
-        for _ in range(1 if shrink < 1 else 3):
-            if samples >= size:
-                # Bartlett: a triangle has the law of the whole sample, however many there are.
-                factor = np.tril(rng.standard_normal((size, size)), -1)
-                factor[np.diag_indices(size)] = np.sqrt(rng.chisquare(samples - np.arange(size)))
-                sample = scale[:, None] * factor
-            else:
-                sample = rng.standard_normal((samples, size)) * scale
-            found.append(np.linalg.svd(sample, compute_uv=False) ** 2 / samples)
+        variances = _quantiles(spread, tailed, size)
+        found = [_eigenvalues(variances, samples, rng) for _ in range(1 if shrink < 1 else 3)]
         return np.mean(found, axis=0)
 
     def null(self) -> np.ndarray:
@@ -385,12 +430,12 @@ class _Fit:
             return 0.0
         return float((self._population()[0][-1] - self.noise) / (self.visible - self.noise))
 
-    def _ends(self) -> bool:
+    def _ends(self, doubt: float = _SELDOM) -> bool:
         """Whether the signal ends above the noise rather than in it.
 
         The variances of the signal's weaker half are continued as the power law they follow, or as 1/i if that is
-        flatter. The signal has ended if the next would have stood out, of both the noise and what is there, in 98 % of
-        draws.
+        flatter. The signal has ended if the next would have stood out, of both the noise and what is there, in all but
+        a share `doubt` of draws.
         """
         excess = self._population()[0] - self.noise
         ranks = np.arange(1, self.signal + 1)
@@ -400,9 +445,9 @@ class _Fit:
         if more <= max(self.visible, self._variances.max()):
             return False
         eigenvalue, error = self._sampled(more[None])
-        drawn = eigenvalue + error * np.random.default_rng(self.seed + 3).standard_normal(_DRAWS)
+        drawn = eigenvalue + error * np.random.default_rng(self.seed + 3).standard_normal(len(self.largest))
         hidden = drawn <= np.maximum(self.largest, self.eigenvalues[self.signal])
-        return bool(hidden.mean() <= 0.02)
+        return bool(hidden.mean() <= doubt)
 
     def _sampled(self, variances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Eigenvalues that directions of such variances have in a sample, and their sampling errors.
@@ -427,9 +472,9 @@ class _Fit:
         """5 % and 95 % of the counts over redrawn signal and noise; open above if more may be hidden."""
         rng = np.random.default_rng(self.seed + 2)
         errors = self._population()[1] if self.signal else np.zeros(0)
-        again = self.eigenvalues[: self.signal] + errors * rng.standard_normal((_DRAWS, self.signal))
-        low = (again > self.largest[:, None]).sum(1)
-        bottom = int(np.quantile(low, 0.05))
+        other = self._with_last_in_noise() if self.signal else self
+        again = self.eigenvalues[: self.signal] + errors * rng.standard_normal((len(other.largest), self.signal))
+        bottom = int(np.quantile((again > other.largest[:, None]).sum(1), 0.05))
         if not self.detectable:
             return bottom, None
         # Below the threshold, an eigenvalue may still be signal as often as noise alone stays under it.
@@ -470,6 +515,27 @@ def _quantiles(spread: float, tailed: bool, size: int) -> np.ndarray:
     places = (np.arange(size) + 0.5) / size
     values = gammaincinv(spread**-2, places) if tailed else 1 + math.sqrt(3) * min(spread, _EVEN) * (2 * places - 1)
     return values / values.mean()
+
+
+def _variances(spreads: np.ndarray, tailed: bool, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Random variances of mean 1, (draws, size), of relative standard deviations (draws, 1)."""
+    if tailed:
+        squares = np.maximum(spreads, 1e-3) ** 2
+        return rng.standard_gamma(1 / squares, (len(spreads), size)) * squares
+    return 1 + math.sqrt(3) * spreads.clip(0, _EVEN) * rng.uniform(-1, 1, (len(spreads), size))
+
+
+def _eigenvalues(variances: np.ndarray, samples: int, rng: np.random.Generator) -> np.ndarray:
+    """Eigenvalues, descending, of a sample of noise of such variances (size,)."""
+    size = len(variances)
+    if samples >= size:
+        # Bartlett: a triangle has the law of the whole sample, however many there are.
+        factor = np.tril(rng.standard_normal((size, size)), -1)
+        factor[np.diag_indices(size)] = np.sqrt(rng.chisquare(samples - np.arange(size)))
+        sample = np.sqrt(variances)[:, None] * factor
+    else:
+        sample = rng.standard_normal((samples, size)) * np.sqrt(variances)
+    return np.linalg.svd(sample, compute_uv=False) ** 2 / samples
 
 
 def _interpolate(ascending: np.ndarray) -> np.ndarray:

@@ -68,7 +68,7 @@ def lid_plot(report: LIDReport) -> np.ndarray:
     axes.axvspan(low + 0.5, end + 0.5, color=_BLUE, alpha=0.15, label=label)
     axes.plot(ranks, values, "o", color=_BLUE, markersize=4, label="gradients")
     axes.plot(ranks, _leading(report.null)[1], color=_GREY, label="noise alone")
-    axes.axhline(report.threshold, color=_ORANGE, linestyle="--", label="above: likelier signal than noise")
+    axes.axhline(report.threshold, color=_ORANGE, linestyle="--", label="cut")
     published = f"published: {report.ratio} by share, {report.gap} by gap, {report.variance95} to 95 %"
     axes.plot([], [], " ", label=published)
     axes.set_yscale("log")

@@ -94,6 +94,14 @@ def test_intervals_close_where_the_signal_ends_above_the_noise() -> None:
         assert low <= 16 and (high is None or 16 <= high <= 19)
 
 
+@pytest.mark.parametrize(("count", "strength"), [(4000, 6.0), (30_000, 12.0)])
+def test_noise_of_few_uneven_variances_is_not_taken_for_signal(count: int, strength: float) -> None:
+    # Each of the 48 variances of the noise shows; read off the lower of them, its edge is far from certain.
+    for seed in range(8):
+        report = estimate_lid(sample(16, count, strength, 0.17, seed=seed))
+        assert abs(report.estimate - 16) <= 1 and report.interval[0] <= 16
+
+
 def test_says_so_when_signal_runs_into_the_noise() -> None:
     for seed in range(4):
         report = estimate_lid(sample(16, 400, 0.4, seed=seed))

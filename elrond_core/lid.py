@@ -472,7 +472,8 @@ class _Fit:
         """5 % and 95 % of the counts over redrawn signal and noise; open above if more may be hidden."""
         rng = np.random.default_rng(self.seed + 2)
         errors = self._population()[1] if self.signal else np.zeros(0)
-        other = self._with_last_in_noise() if self.signal else self
+        doubtful = self.signal > 0 and self.eigenvalues[self.signal - 1] <= self.rare
+        other = self._with_last_in_noise() if doubtful else self
         again = self.eigenvalues[: self.signal] + errors * rng.standard_normal((len(other.largest), self.signal))
         bottom = int(np.quantile((again > other.largest[:, None]).sum(1), 0.05))
         if not self.detectable:

@@ -94,6 +94,15 @@ def test_intervals_close_where_the_signal_ends_above_the_noise() -> None:
         assert low <= 16 and (high is None or 16 <= high <= 19)
 
 
+@pytest.mark.parametrize(("count", "size"), [(200, 64), (25, 100)])
+@pytest.mark.parametrize("noise", [0.0, 1e-4])
+def test_signal_far_above_the_noise_is_in_no_doubt(count: int, size: int, noise: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    clean = torch.randn(count, 3, generator=g) @ torch.randn(3, size, generator=g)
+    report = estimate_lid(gradients((clean + noise * torch.randn(count, size, generator=g))[:, None]))
+    assert report.estimate == report.interval[0] == 3 and report.interval[1] in (3, 4)
+
+
 @pytest.mark.parametrize(("count", "strength"), [(4000, 6.0), (30_000, 12.0)])
 def test_noise_of_few_uneven_variances_is_not_taken_for_signal(count: int, strength: float) -> None:
     # Each of the 48 variances of the noise shows; read off the lower of them, its edge is far from certain.

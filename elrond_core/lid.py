@@ -226,11 +226,11 @@ def correlation_dimension(gradients: Gradients, seed: int = 0) -> tuple[float, t
     draw = generator(seed, "correlation dimension")
     means = means[torch.randperm(len(means), generator=draw)[:_MOST_TARGETS]]
     distances = torch.cdist(means, means)
-    value = _ways(distances)
+    value = box_dimension(distances)
     halves = []
     for _ in range(_HALVES):
         half = torch.randperm(len(means), generator=draw)[: len(means) // 2]
-        halves.append(_ways(distances[half][:, half]))
+        halves.append(box_dimension(distances[half][:, half]))
     # The spread of half-samples about the whole is that of whole samples about the truth.
     spread = 1.645 * float(torch.tensor(halves).sub(value).square().mean().sqrt())
     return value, (max(0.0, value - spread), value + spread)
@@ -253,8 +253,12 @@ def correlation_slope(distances: torch.Tensor) -> float:
     return math.log(_FAR / _NEAR) / math.log(far / near) if far > near > 0 else 0.0
 
 
-def _ways(distances: torch.Tensor) -> float:
-    """The dimension of the cube that has such a slope."""
+def box_dimension(distances: torch.Tensor) -> float:
+    """The dimension of the cube whose evenly drawn points have the same `correlation_slope`.
+
+    Args:
+        distances: (n, n) between points, symmetric.
+    """
     slopes = _slopes_of_cubes()
     return float(np.interp(correlation_slope(distances), slopes, np.arange(len(slopes))))
 

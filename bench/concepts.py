@@ -45,6 +45,7 @@ NODES = {node.define_schema().node_id: node for node in PACK.NODES}
 RESULTS = Path(__file__).parent / "results"
 COLLECTIONS = RESULTS / "collections"
 REALIZATIONS, GRADIENTS = 256, 2048
+NOISED = 8
 LEADING = 6
 SEEDS = 24
 STRENGTHS = np.linspace(-1, 1, 5)
@@ -53,25 +54,31 @@ SEEDS_AT_ENDS = 128
 # A factor of less than this share of the world's spread does not vary: it is measured, and drawn, no better than that.
 WOBBLE = 0.1
 # So many open factors make a concept whose directions are compared.
-SEVERAL = 3
+SEVERAL = 4
 # A direction moves a factor if its ends lie so far apart, in the factor's spread.
 MOVED = 0.5
 # Standard deviation of a uniform number; and how often two of three equally likely shapes differ.
 SPREAD, DIFFERENT = 12**-0.5, 2 / 3
 
 
-def collection(model: str, noun: str) -> Gradients:
-    """Gradients of "a <noun>" with their response, by the nodes themselves; kept once made."""
+def collection(model: str, noun: str, crossed: bool = False) -> Gradients:
+    """Gradients of "a <noun>" with their response, by the nodes themselves; kept once made.
+
+    Of random pairs; or, if `crossed`, of `NOISED` realizations that are compared with all others.
+    """
     # Other weights are another model.
     weights = hashlib.blake2b((WEIGHTS / f"{model}.safetensors").read_bytes(), digest_size=6).hexdigest()
-    path = COLLECTIONS / weights / f"{model} {noun}.safetensors"
+    path = COLLECTIONS / weights / f"{model} {noun}{' crossed' if crossed else ''}.safetensors"
     if path.is_file():
         return files.load_gradients(path)
     demo = Demo.load(model)
     positive, latents = realizations(demo, noun)
     with torch.inference_mode():
         collect = NODES["ElrondCollectGradients"].execute
-        gradients = collect(demo.model, positive, latents, GRADIENTS, 1.0, 64, 0, True).args[0]
+        others = REALIZATIONS - 1 if crossed else 1
+        count, batch = (NOISED * others, NOISED) if crossed else (GRADIENTS, 64)
+        settings = (count, 1.0, batch, 0, True)
+        gradients = collect(demo.model, positive, latents, *settings, targets_per_realization=others).args[0]
     files.save_gradients(gradients, path)
     return gradients
 
@@ -261,8 +268,9 @@ def complexity() -> dict[str, Any]:
     truth = [len(open_factors(noun)) for noun in NOUNS]
     figures: dict[str, Any] = {}
     for model in ("teacher", "student"):
+        ours = [estimate_lid(collection(model, noun, crossed=True)).dimension for noun in NOUNS]
         reports = [estimate_lid(collection(model, noun)) for noun in NOUNS]
-        ours = [float(report.dimension) for report in reports]
+        of_pairs = [report.dimension for report in reports]
         published = {
             "share": [report.ratio for report in reports],
             "gap": [report.gap for report in reports],
@@ -271,6 +279,7 @@ def complexity() -> dict[str, Any]:
         }
         end = "" if model == "teacher" else "_student"
         figures[f"lid_spearman_demo{end}"] = _rank_correlation(truth, ours)
+        figures[f"lid_spearman_demo_of_pairs{end}"] = _rank_correlation(truth, of_pairs)
         figures[f"lid_spearman_demo_published{end}"] = {
             name: _rank_correlation(truth, values) for name, values in published.items()
         }

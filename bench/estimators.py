@@ -3,9 +3,11 @@
     python -m bench.estimators sae            a known dictionary: atoms recovered, FVU, time
     python -m bench.estimators sae --peers    and the same of public implementations, if they are installed
     python -m bench.estimators lid            gradients of known rank: within 10 %, coverage, and what the others do
+    python -m bench.estimators drift          ratios of the estimates to the rank over the number of gradients
     python -m bench.estimators summary        the figures of bench/results/estimators.json as text
 
 Every finished trial is kept in bench/results/estimators_trials.jsonl, and a second run goes on where the first stopped.
+`drift` only reads them; its tables go to docs/estimators.md, its picture to docs/pictures/drift.png.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from typing import Any
 import matplotlib.cm
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from elrond_core.gradients import Gradients
 from elrond_core.lid import edge_of_noise, estimate_lid
@@ -31,6 +35,9 @@ from elrond_core.sae import train_sae
 
 RESULTS = Path(__file__).parent / "results" / "estimators.json"
 TRIALS = RESULTS.with_name("estimators_trials.jsonl")
+PAGE = Path(__file__).parents[1] / "docs" / "estimators.md"
+PICTURE = PAGE.parent / "pictures" / "drift.png"
+BEGIN, END = "<!-- tables: bench/estimators.py writes what follows -->", "<!-- end of tables -->"
 HERE = Provenance(family="synthetic")
 
 ATOMS, WIDTH, ACTIVE, SAMPLES, NOISE = 256, 128, 5, 20_000, 0.02
@@ -40,6 +47,8 @@ SIZES, COUNTS, RANKS = (64, 768, 2048), (250, 1000, 4000, 30_000), (0, 4, 16, 64
 NOISES = ("isotropic", "anisotropic")
 # The weakest signal's variance as a multiple of the least that so many gradients can show.
 MARGINS = (0.5, 1.5, 2.0, 3.0)
+# Where a trial, as `lid_trials` gives it, keeps its estimates.
+ESTIMATES = {"ours": 5, "C/d": 9, "largest gap": 10, "95 %": 11}
 
 
 def load() -> dict[str, Any]:
@@ -240,6 +249,89 @@ def run_lid(sizes: list[int], counts: list[int], trials: int) -> None:
         keep(key, result)
 
 
+def lid_trials(results: dict[str, Any]) -> list[tuple]:
+    """The trials of known rank.
+
+    Returns:
+        size, number of gradients, rank, noise, margin; then what `run_lid` keeps: our estimate, its interval, whether
+        it is detectable, the published estimates by share, by gap and to 95 %, and the oracle's two levels.
+    """
+    return [
+        (int(parts[1]), int(parts[2]), int(parts[3]), parts[4], float(parts[5]), *value)
+        for key, value in results.items()
+        if (parts := key.split("/"))[0] == "lid"
+    ]
+
+
+def ratios(trials: list[tuple]) -> dict[tuple[int, int, int], dict[str, float]]:
+    """Mean ratio of each estimate to the rank, by size, rank and number of gradients."""
+    groups: dict[tuple[int, int, int], list[tuple]] = {}
+    for trial in trials:
+        groups.setdefault((trial[0], trial[2], trial[1]), []).append(trial)
+    return {
+        cell: {name: sum(t[place] for t in some) / len(some) / cell[1] for name, place in ESTIMATES.items()}
+        for cell, some in sorted(groups.items())
+    }
+
+
+def table(found: dict[tuple[int, int, int], dict[str, float]]) -> list[str]:
+    """Ratios as lines of Markdown, one for each size and rank; those of growing numbers of gradients in one cell."""
+    lines = [f"| d | r | {' | '.join(ESTIMATES)} |", "| --- | --- |" + " --- |" * len(ESTIMATES)]
+    for size, rank in sorted({cell[:2] for cell in found}):
+        some = [means for cell, means in found.items() if cell[:2] == (size, rank)]
+        cells = (
+            " → ".join(f"{means[name]:.{1 if means[name] >= 9.95 else 2}f}" for means in some) for name in ESTIMATES
+        )
+        lines.append(f"| {size} | {rank} | {' | '.join(cells)} |")
+    return lines
+
+
+def drift(trials: list[tuple]) -> str:
+    """Ratios of the estimates to the rank where the signal can be seen, as a page shows them."""
+    counts = " → ".join(f"{count:,}" for count in sorted({trial[1] for trial in trials}))
+    lines = [f"With {counts} gradients, {len(trials)} trials:", "", *table(ratios(trials))]
+    # What can be seen of even noise falls with the root of the number of gradients, so that twice the margin is the
+    # same signal at four times as many.
+    for few, many in ((250, 1000), (1000, 4000)):
+        same = [t for t in trials if t[3] == "isotropic" and (t[1], t[4]) in ((few, 1.5), (many, 3.0))]
+        lines += ["", f"The same signal in even noise with {few:,} → {many:,} gradients, {len(same)} trials:", ""]
+        lines += table(ratios(same))
+    return "\n".join([*lines, "", "![ratio of the estimates to the rank](pictures/drift.png)"])
+
+
+def draw(found: dict[tuple[int, int, int], dict[str, float]], path: Path) -> None:
+    """Ratios over the number of gradients, both logarithmic, one panel for each estimate."""
+    figure = Figure(figsize=(11, 4.5), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(ESTIMATES), sharey=True)
+    colours = dict(zip(SIZES, ("#0072B2", "#D55E00", "#009E73"), strict=True))
+    markers = dict(zip(RANKS[1:], ("-o", "--s", ":^"), strict=True))
+    for axes, name in zip(panels, ESTIMATES, strict=True):
+        axes.axhspan(0.9, 1.1, color="#777777", alpha=0.3, label="within 10 % of r")
+        for size, rank in sorted({cell[:2] for cell in found}):
+            points = {cell[2]: means[name] for cell, means in found.items() if cell[:2] == (size, rank)}
+            label = f"d = {size}, r = {rank}"
+            axes.loglog(
+                *zip(*points.items(), strict=True), markers[rank], color=colours[size], markersize=4, label=label
+            )
+        axes.set(xlabel="gradients", title=name)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("mean of estimate / r")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.print_png(str(path))
+
+
+def run_drift() -> None:
+    """Write the tables and the picture of docs/estimators.md from the trials so far."""
+    trials = [trial for trial in lid_trials(load()) if trial[2] and trial[4] >= 1]
+    before, _, after = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    text = drift(trials)
+    print(text)
+    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after.partition(END)[2]}", encoding="utf-8")
+    draw(ratios(trials), PICTURE)
+
+
 def summarise() -> dict[str, Any]:
     """The figures that the results so far come to."""
     results = load()
@@ -252,11 +344,7 @@ def summarise() -> dict[str, Any]:
             best = min(peers, key=lambda peer: peer["fvu"])
             figures["sae_fvu_vs_best_peer"] = mine["fvu"] / best["fvu"]
             figures["sae_time_vs_best_peer"] = mine["seconds"] / best["seconds"]
-    trials = [
-        (int(parts[1]), int(parts[2]), int(parts[3]), parts[4], float(parts[5]), *value)
-        for key, value in results.items()
-        if (parts := key.split("/"))[0] == "lid"
-    ]
+    trials = lid_trials(results)
     nothing = [t for t in trials if not t[2]]
     above = [t for t in trials if t[2] and t[4] >= 1]
     below = [t for t in trials if t[2] and t[4] < 1]
@@ -279,7 +367,8 @@ def summarise() -> dict[str, Any]:
             figures[f"lid_within_10pct_oracle_at_{margin:g}"] = oracle_share(some)
             figures[f"lid_coverage_at_{margin:g}"] = share(some, covered)
             figures[f"lid_detectable_at_{margin:g}"] = share(some, lambda t: t[8])
-        for name, place in (("share", 9), ("gap", 10), ("95", 11)):
+        for name, kind in (("share", "C/d"), ("gap", "largest gap"), ("95", "95 %")):
+            place = ESTIMATES[kind]
             right = [abs(t[place] - t[2]) <= 0.1 * t[2] for t in above]
             figures[f"lid_within_10pct_published_{name}"] = sum(right) / len(right)
     return figures
@@ -310,12 +399,15 @@ def covered(trial: tuple) -> bool:
 def main() -> None:
     """Run a part, then print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("sae", "lid", "summary"))
+    parser.add_argument("part", choices=("sae", "lid", "drift", "summary"))
     parser.add_argument("--peers", action="store_true", help="train the public implementations as well")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="widths of the grid to run")
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="numbers of gradients of the grid to run")
     parser.add_argument("--trials", type=int, default=3, help="trials of every cell")
     options = parser.parse_args()
+    if options.part == "drift":
+        run_drift()
+        return
     if options.part == "sae":
         run_sae(options.peers)
     elif options.part == "lid":

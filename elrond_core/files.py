@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import re
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -24,7 +26,7 @@ from .shards import write
 FORMAT_VERSION = "1"
 NORM_TOLERANCE = 1e-3
 _MAX_HEADER = 4 * 2**20
-_SIZES = {"F32": 4, "F64": 8, "I64": 8}
+_TYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
 
 # Per kind, every tensor's type and shape; equal letters are equal lengths.
 _LAYOUTS: dict[str, dict[str, tuple[str, str]]] = {
@@ -42,7 +44,7 @@ _LAYOUTS: dict[str, dict[str, tuple[str, str]]] = {
 _COMMON = {"format_version", "kind", "project_version", "family", "d", "rows", "prompt", "concept", "tokens"}
 _COMMON |= {"token_norm", "sigma", "count", "seed", "host"}
 # Files of earlier releases lack them.
-_OPTIONAL = {"latent_values", "reach", "densities"}
+_OPTIONAL = {"latent_values", "seeds", "reach", "densities"}
 # Only where there are several noise levels.
 _OPTIONAL_TENSORS = {"response_sigma"}
 _KEYS = {
@@ -56,9 +58,9 @@ def save_directions(directions: Directions, path: Path) -> None:
     """Write a directions file, whole or not at all.
 
     Raises:
-        ElrondError: if the directions are not finite unit vectors, or the file cannot be written.
+        ElrondError: if the directions are not finite unit vectors, something does not fit the format, or the file
+            cannot be written.
     """
-    _check_directions(directions.vectors, directions.scores, "These directions")
     metadata = {
         "method": json.dumps(directions.method),
         "score_name": directions.score_name,
@@ -67,7 +69,7 @@ def save_directions(directions: Directions, path: Path) -> None:
         "reach": json.dumps(directions.reach),
         "densities": json.dumps(directions.densities),
     }
-    tensors = {"vectors": directions.vectors.float(), "scores": directions.scores.float()}
+    tensors = {"vectors": directions.vectors, "scores": directions.scores}
     _write(path, "directions", tensors, metadata, directions.provenance, directions.width)
 
 
@@ -84,41 +86,20 @@ def load_directions(path: Path, *, family: str | None = None, width: int | None 
             vectors.
     """
     tensors, metadata, provenance = _read(path, "directions", family, width)
-    _check_directions(tensors["vectors"], tensors["scores"], path.name)
-    count = len(tensors["vectors"])
-    method = _decode(metadata, "method", path)
-    names, stars = _decode(metadata, "names", path), _decode(metadata, "stars", path)
-    reach, densities = (_decode(metadata, key, path) if key in metadata else [] for key in ("reach", "densities"))
-    good = isinstance(method, dict) and all(isinstance(value, str) for value in method.values())
-    good = good and _list_of(names, str, count) and _list_of(stars, bool, count)
-    good = good and all(numbers == [] or _list_of(numbers, float, count) for numbers in (reach, densities))
-    if not (good and all(0 <= length < math.inf for length in reach) and all(0 <= share <= 1 for share in densities)):
-        raise ElrondError(
-            f"{path.name} has a method, names, stars, reach or densities that do not fit its {count} directions."
-        )
-    return Directions(
-        vectors=tensors["vectors"],
-        scores=tensors["scores"],
-        method=method,
-        provenance=provenance,
-        names=tuple(names),
-        score_name=metadata["score_name"],
-        stars=tuple(stars),
-        reach=tuple(reach),
-        densities=tuple(densities),
-    )
+    vectors, scores = tensors["vectors"], tensors["scores"]
+    return Directions(vectors, scores, provenance=provenance, **_described(path, metadata, len(vectors)))
 
 
 def save_gradients(gradients: Gradients, path: Path) -> None:
     """Write a gradients file, whole or not at all.
 
     Raises:
-        ElrondError: if a gradient is not finite, or the file cannot be written.
+        ElrondError: if a gradient is not finite, something does not fit the format, or the file cannot be written.
     """
     tensors = {name: getattr(gradients, name) for name in _LAYOUTS["gradients"]}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    _check_finite(tensors, "These gradients")
-    _write(path, "gradients", tensors, {}, gradients.provenance, gradients.vectors.shape[2])
+    provenance = gradients.provenance.with_(count=len(gradients))
+    _write(path, "gradients", tensors, {}, provenance, gradients.vectors.shape[2])
 
 
 def load_gradients(path: Path, *, family: str | None = None, width: int | None = None) -> Gradients:
@@ -131,10 +112,9 @@ def save_moments(moments: Moments, path: Path) -> None:
     """Write a moments file, whole or not at all.
 
     Raises:
-        ElrondError: if the moments are not finite, or the file cannot be written.
+        ElrondError: if the moments are not finite, something does not fit the format, or the file cannot be written.
     """
-    _check_finite(moments.tensors(), "These moments")
-    _write(path, "moments", moments.tensors(), {}, moments.provenance, moments.width)
+    _write(path, "moments", moments.tensors(), {}, moments.provenance.with_(count=moments.count), moments.width)
 
 
 def load_moments(path: Path, *, family: str | None = None, width: int | None = None) -> Moments:
@@ -197,9 +177,16 @@ def _write(
         "seed": str(provenance.seed),
         "host": provenance.host,
         "latent_values": str(provenance.latent_values),
+        "seeds": json.dumps(provenance.seeds),
         **own,
     }
-    content = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, metadata)
+    tensors = _plain(kind, tensors)
+    content = save(tensors, metadata)
+    try:
+        _check_header(path, kind, _parsed(path, io.BytesIO(content), len(content)))
+        _check_values(path, kind, tensors, provenance, width)
+    except ElrondError as error:
+        raise ElrondError(f"Nothing was written: {error}") from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, content)
@@ -207,10 +194,37 @@ def _write(
         raise ElrondError(f"{path.name} could not be written: {error.strerror or error}.") from error
 
 
+def _plain(kind: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of the types in the file, each with memory of its own, without which the library does not take them."""
+    plain: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        own = tensor.detach().to("cpu", _TYPES[_LAYOUTS[kind][name][0]]).contiguous()
+        memory = own.untyped_storage().data_ptr()
+        shared = memory in {other.untyped_storage().data_ptr() for other in plain.values()}
+        plain[name] = own.clone() if shared else own
+    return plain
+
+
 def _read(
     path: Path, kind: str, family: str | None, width: int | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str], Provenance]:
     header = _read_header(path)
+    metadata, provenance, d = _check_header(path, kind, header)
+    if (family is not None and family != provenance.family) or (width is not None and width != d):
+        wanted = " ".join(([family] if family else []) + ([f"of width {width}"] if width else []))
+        raise ElrondError(f"{path.name} is for {provenance.family} of width {d}, and this model is {wanted}.")
+
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in header}
+    except Exception as error:  # The library raises its own, undocumented types.
+        raise ElrondError(f"{path.name} is damaged: {str(error).rstrip('.')}.") from error
+    _check_values(path, kind, tensors, provenance, d)
+    return tensors, metadata, provenance
+
+
+def _check_header(path: Path, kind: str, header: dict[str, Any]) -> tuple[dict[str, str], Provenance, int]:
+    """Everything that a header says, before a tensor is read; takes the metadata out of it and returns them and d."""
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ElrondError(f"{path.name} has metadata that is not text.")
@@ -232,37 +246,35 @@ def _read(
     d = _integer(metadata, "d", path)
     if "d" in lengths and lengths["d"] != d:
         raise ElrondError(f"{path.name} says its width is {d}, and its vectors have {lengths['d']} values.")
-    if (family is not None and family != provenance.family) or (width is not None and width != d):
-        wanted = " ".join(([family] if family else []) + ([f"of width {width}"] if width else []))
-        raise ElrondError(f"{path.name} is for {provenance.family} of width {d}, and this model is {wanted}.")
-
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in header}
-    except Exception as error:  # The library raises its own, undocumented types.
-        raise ElrondError(f"{path.name} is damaged: {str(error).rstrip('.')}.") from error
-    _check_finite(tensors, path.name)
-    return tensors, metadata, provenance
+    if "N" in lengths and lengths["N"] != provenance.count:
+        raise ElrondError(f"{path.name} says it is of {provenance.count} gradients, and has {lengths['N']}.")
+    if "R" in lengths:
+        _check_rows(path, provenance, lengths["R"])
+    if kind == "directions":
+        _described(path, metadata, lengths["K"])
+    return metadata, provenance, d
 
 
 def _read_header(path: Path) -> dict[str, Any]:
     """The JSON header, before anything else is read or allocated."""
-    damaged = f"{path.name} is not a safetensors file, or is cut short."
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise ElrondError(damaged)
-            if length > _MAX_HEADER:
-                raise ElrondError(f"{path.name} has a header of {length} bytes, and {_MAX_HEADER} is the most.")
-            header = json.loads(file.read(length), object_pairs_hook=_unique)
+            return _parsed(path, file, os.fstat(file.fileno()).st_size)
     except FileNotFoundError as error:
         raise ElrondError(f"There is no file {path.name}.") from error
     except OSError as error:
         raise ElrondError(f"{path.name} could not be read: {error.strerror or error}.") from error
-    except ElrondError:
-        raise
+
+
+def _parsed(path: Path, file: BinaryIO, size: int) -> dict[str, Any]:
+    damaged = f"{path.name} is not a safetensors file, or is cut short."
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > size - 8:
+        raise ElrondError(damaged)
+    if length > _MAX_HEADER:
+        raise ElrondError(f"{path.name} has a header of {length} bytes, and {_MAX_HEADER} is the most.")
+    try:
+        header = json.loads(file.read(length), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ElrondError(damaged) from error
     if not isinstance(header, dict):
@@ -287,8 +299,9 @@ def _sound(entry: Any, available: int) -> bool:
     """Whether a tensor's type, shape and place in the file agree with one another."""
     match entry:
         case {"dtype": "F32" | "F64" | "I64" as dtype, "shape": list(shape), "data_offsets": [start, end]}:
+            size = _TYPES[dtype].itemsize
             whole = all(type(x) is int and x >= 0 for x in (*shape, start, end))  # A bool is an int to isinstance.
-            return whole and len(shape) <= 3 and end <= available and math.prod(shape) * _SIZES[dtype] == end - start
+            return whole and len(shape) <= 3 and end <= available and math.prod(shape) * size == end - start
     return False
 
 
@@ -318,13 +331,14 @@ def _check_layout(path: Path, kind: str, header: dict[str, Any]) -> dict[str, in
 def _provenance(path: Path, kind: str, metadata: dict[str, str]) -> Provenance:
     rows, tokens = _decode(metadata, "rows", path), _decode(metadata, "tokens", path)
     sigma = _decode(metadata, "sigma", path)
+    seeds = _decode(metadata, "seeds", path) if "seeds" in metadata else []
     try:
         token_norm = float(metadata["token_norm"])
     except ValueError:
         token_norm = math.nan
-    numeric = isinstance(sigma, list) and all(type(level) in (int, float) and math.isfinite(level) for level in sigma)
-    if not (_list_of(rows, int) and _list_of(tokens, str) and numeric and 0 < token_norm < math.inf):
-        raise ElrondError(f"{path.name} has rows, tokens, sigma or token_norm that cannot be understood.")
+    texts = _list_of(tokens, str) and 0 < token_norm < math.inf
+    if not (texts and _numbers(sigma) and all(_list_of(whole, int) and _numbers(whole) for whole in (rows, seeds))):
+        raise ElrondError(f"{path.name} has seeds, rows, tokens, sigma or token_norm that cannot be understood.")
     return Provenance(
         family=metadata["family"],
         prompt=metadata["prompt"],
@@ -337,8 +351,31 @@ def _provenance(path: Path, kind: str, metadata: dict[str, str]) -> Provenance:
         seed=_integer(metadata, "seed", path),
         host=metadata["host"],
         latent_values=_integer(metadata, "latent_values", path) if "latent_values" in metadata else 0,
+        seeds=tuple(seeds),
         extra={key: value for key, value in metadata.items() if key not in _KEYS[kind] | _OPTIONAL},
     )
+
+
+def _described(path: Path, metadata: dict[str, str], count: int) -> dict[str, Any]:
+    """What the metadata say of `count` directions, as attributes of `Directions`."""
+    method = _decode(metadata, "method", path)
+    names, stars = _decode(metadata, "names", path), _decode(metadata, "stars", path)
+    reach, densities = (_decode(metadata, key, path) if key in metadata else [] for key in ("reach", "densities"))
+    good = isinstance(method, dict) and all(isinstance(value, str) for value in method.values())
+    good = good and _list_of(names, str, count) and _list_of(stars, bool, count)
+    good = good and _numbers(reach) and _numbers(densities, most=1)
+    if not (good and {len(reach), len(densities)} <= {0, count}):
+        raise ElrondError(
+            f"{path.name} has a method, names, stars, reach or densities that do not fit its {count} directions."
+        )
+    return {
+        "method": method,
+        "score_name": metadata["score_name"],
+        "names": tuple(names),
+        "stars": tuple(stars),
+        "reach": tuple(map(float, reach)),
+        "densities": tuple(map(float, densities)),
+    }
 
 
 def _decode(metadata: dict[str, str], key: str, path: Path) -> Any:
@@ -349,27 +386,48 @@ def _decode(metadata: dict[str, str], key: str, path: Path) -> Any:
 
 
 def _integer(metadata: dict[str, str], key: str, path: Path) -> int:
-    try:
-        return int(metadata[key])
-    except ValueError as error:
-        raise ElrondError(f"{path.name} has a {key} that is not a whole number.") from error
+    # What int() reads goes further: signs, underscores, other scripts.
+    if not re.fullmatch("[0-9]{1,20}", metadata[key]):
+        raise ElrondError(f"{path.name} has a {key} that is not a whole number of zero or more.")
+    return int(metadata[key])
 
 
 def _list_of(value: Any, kind: type, count: int | None = None) -> bool:
     return isinstance(value, list) and all(type(x) is kind for x in value) and count in (None, len(value))
 
 
-def _check_finite(tensors: dict[str, torch.Tensor], subject: str) -> None:
+def _numbers(value: Any, most: float = sys.float_info.max) -> bool:
+    """Whether this is a list of numbers from 0 to `most`; JavaScript writes 1.0 as 1."""
+    return isinstance(value, list) and all(type(x) in (int, float) and 0 <= x <= most for x in value)
+
+
+def _check_rows(path: Path, provenance: Provenance, count: int) -> None:
+    # What moves all rows of a concept alike has one row, and may have been made for a concept of several.
+    rows = list(provenance.rows)
+    if rows and len(rows) != count != 1:
+        raise ElrondError(f"{path.name} says it is of {len(rows)} rows, {rows}, and its vectors have {count}.")
+
+
+def _check_values(path: Path, kind: str, tensors: dict[str, torch.Tensor], provenance: Provenance, width: int) -> None:
+    """What tensors hold, beyond their types and shapes."""
     for name, tensor in tensors.items():
         finite = torch.isfinite(tensor)[..., None].flatten(1).all(1)
         if not finite.all():
-            raise ElrondError(f"{subject}: row {int(finite.long().argmin())} of {name} is not finite.")
-
-
-def _check_directions(vectors: torch.Tensor, scores: torch.Tensor, subject: str) -> None:
-    _check_finite({"vectors": vectors, "scores": scores}, subject)
-    norms = vectors.flatten(1).float().norm(dim=1)
-    far = (norms - 1).abs() > NORM_TOLERANCE
-    if far.any():
-        index = int(far.long().argmax())
-        raise ElrondError(f"{subject}: direction {index} has norm {float(norms[index]):.4g} instead of 1.")
+            raise ElrondError(f"{path.name}: row {int(finite.long().argmin())} of {name} is not finite.")
+        if tensor.dtype == torch.int64 and (tensor < 0).any():
+            raise ElrondError(f"{path.name}: row {int((tensor < 0).long().argmax())} of {name} is negative.")
+    if kind == "directions":
+        norms = tensors["vectors"].flatten(1).norm(dim=1)
+        far = (norms - 1).abs() > NORM_TOLERANCE
+        if far.any():
+            index = int(far.long().argmax())
+            raise ElrondError(f"{path.name}: direction {index} has norm {float(norms[index]):.4g} instead of 1.")
+    if kind == "moments":
+        shape = tensors["shape"].tolist()
+        size = len(tensors["mean"])
+        if len(shape) != 3 or (shape[0], shape[2]) != (provenance.count, width) or shape[1] * width != size:
+            raise ElrondError(
+                f"{path.name} says it is of {provenance.count} gradients of width {width}, and has the shape {shape} "
+                f"and a mean of {size} values."
+            )
+        _check_rows(path, provenance, shape[1])

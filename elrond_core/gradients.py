@@ -19,6 +19,9 @@ from .provenance import Provenance
 from .seeding import generator, normal
 from .shards import Shards
 
+# The response is taken once for every so many targets of a noised realization, or part of them.
+TARGETS_A_PROBE = 8
+
 
 class Denoiser(Protocol):
     """The model as the core sees it: one conditioning, whose concept rows can be replaced."""
@@ -203,11 +206,13 @@ def gradient(
         target: latents B, as they are, (B, …); or (T, B, …) for T targets of each source.
         noise: standard normal, (B, …).
         sigma: noise level.
-        probe: standard normal white noise (B, …) to back-propagate as well, or None.
+        probe: standard normal white noise to back-propagate as well, (B, …), or (P, B, …) for P of each source; or
+            None.
 
     Returns:
         float32 on the CPU: the gradient of mean((x̂0 - B)²) for each sample, whatever the batch, (B, R, d), or
-        (T, B, R, d) for T targets; and 2/n·Jᵀ·probe (B, R, d), n the number of latent values, on the same scale.
+        (T, B, R, d) for T targets; and 2/n·Jᵀ·probe (B, R, d), or (P, B, R, d), n the number of latent values, on the
+        same scale.
     """
     rows = denoiser.rows.expand(len(source), *denoiser.rows.shape).clone().requires_grad_(True)
     noisy = denoiser.noised(source, noise, sigma)
@@ -219,15 +224,21 @@ def gradient(
     scale = 2.0 / estimate[0].numel()
     several = target.ndim > source.ndim
     # The Jacobian is the same for all: what differs is the vector that is back-propagated.
-    cotangents = [scale * (estimate.detach() - one.to(estimate)) for one in (target if several else target[None])]
-    if probe is not None:
-        cotangents.append(scale * probe.to(estimate))
-    found = []
-    while cotangents:
-        (vectors,) = torch.autograd.grad(estimate, rows, cotangents.pop(0), retain_graph=bool(cotangents))
-        found.append(vectors.float().cpu())
-    response = found.pop() if probe is not None else None
-    gradients = torch.stack(found) if several else found[0]
+    probed = probe is not None and probe.ndim > source.ndim
+    targets = target if several else target[None]
+    probes: Sequence[torch.Tensor] = [] if probe is None else list(probe) if probed else [probe]
+    left = len(targets) + len(probes)
+
+    def back(cotangent: torch.Tensor) -> torch.Tensor:
+        nonlocal left
+        left -= 1
+        (vectors,) = torch.autograd.grad(estimate, rows, scale * cotangent, retain_graph=left > 0)
+        return vectors.float().cpu()
+
+    found = torch.stack([back(estimate.detach() - one.to(estimate)) for one in targets])
+    heard = torch.stack([back(one.to(estimate)) for one in probes]) if probe is not None else None
+    gradients = found if several else found[0]
+    response = heard if probed or heard is None else heard[0]
     if not torch.isfinite(gradients).all():
         raise ElrondError(
             "The model returned gradients that are not finite; load it in bfloat16 or float32 rather than float16."
@@ -270,7 +281,7 @@ class Differentiator:
                         target[:, part] if target.ndim > source.ndim else target[part],
                         noise[part],
                         sigma,
-                        None if probe is None else probe[part],
+                        None if probe is None else probe[:, part] if probe.ndim > source.ndim else probe[part],
                     )
                 )
                 start += size
@@ -287,7 +298,8 @@ class Differentiator:
                     "realizations, or close other programs that use the same device."
                 )
         vectors, responses = zip(*found, strict=True)
-        return torch.cat(vectors, dim=target.ndim - source.ndim), None if probe is None else torch.cat(responses)
+        joined = None if probe is None else torch.cat(responses, dim=probe.ndim - source.ndim)
+        return torch.cat(vectors, dim=target.ndim - source.ndim), joined
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
@@ -326,7 +338,7 @@ def collect(
         response: also back-propagate white noise at every point.
         on_batch: called with the number of gradients so far; may raise to stop.
         targets: others that each noised realization is compared with: gradients a forward pass. The response is
-            taken once for all of them.
+            taken once for every `TARGETS_A_PROBE` of them, or part of so many.
         others: how many of the denoiser's last rows are not the concept's. The mean gradient of all its rows is then
             subtracted from the concept's.
         compared: what the denoiser's output is compared with, (n, …) in the order of the realizations and of as many
@@ -349,13 +361,14 @@ def collect(
     differentiate = Differentiator(denoiser)
     own = len(denoiser.rows) - others
     sources = -(-count // targets)
+    probes = -(-targets // TARGETS_A_PROBE) if response else 0
     vectors = torch.empty(sources * targets, own, denoiser.rows.shape[1])
-    responses = vectors.new_empty(sources if response else 0, *vectors.shape[1:])
+    responses = vectors.new_empty(sources, probes, *vectors.shape[1:])
     turns = torch.tensor(levels)[torch.arange(sources) % len(levels)]
     token_norm = float(denoiser.rows[:own].float().norm(dim=-1).mean())
 
     def first(found: int) -> Gradients:
-        heard = -(-found // targets) if response else 0
+        heard = -(-found // targets)
         return Gradients(
             vectors=vectors[:found],
             sigma=turns.repeat_interleave(targets)[:found],
@@ -368,8 +381,8 @@ def collect(
                 seed=seed,
                 latent_values=compared[0].numel(),
             ),
-            response=responses[:heard],
-            response_sigma=turns[:heard] if response and len(levels) > 1 else None,
+            response=responses[:heard].flatten(0, 1),
+            response_sigma=turns[:heard].repeat_interleave(probes) if response and len(levels) > 1 else None,
         )
 
     done = 0
@@ -382,20 +395,23 @@ def collect(
         if kept is not None:
             found, answer = kept["vectors"], kept.get("response")
         else:
+            numbers = [item * probes + k for k in range(probes) for item in indices]
             each, answer = differentiate(
                 realizations[pairs[drawn[0], 0]],
                 compared[pairs[drawn, 1]],
                 normal(tuple(realizations.shape[1:]), seed, "noise", indices),
                 levels[level],
-                normal(shape, seed, "probe", indices) if response else None,
+                normal(shape, seed, "probe", numbers).unflatten(0, (probes, -1)) if response else None,
             )
             found = _without_common(each, others).transpose(0, 1).flatten(0, 1).contiguous()
-            answer = None if answer is None else _without_common(answer, others).contiguous()
+            answer = (
+                None if answer is None else _without_common(answer, others).transpose(0, 1).flatten(0, 1).contiguous()
+            )
             if shards is not None:
                 shards.put(number, {"vectors": found} | ({} if answer is None else {"response": answer}))
         vectors[places.T.flatten()] = found
         if answer is not None:
-            responses[indices] = answer
+            responses[indices] = answer.unflatten(0, (-1, probes))
         done += int((places < count).sum())
         if on_batch:
             on_batch(done)

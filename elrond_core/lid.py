@@ -14,19 +14,20 @@ number of signals is that with the most weight. Only eigenvalues are needed, not
 
 That counts all that the gradients hold, and it counts linearly: an image whose one factor is a position runs along a
 curve that bends through many dimensions. How many ways there are to vary is a property of that curve, not of the
-space it bends through. At the highest noise level the estimate hardly depends on the realization that was noised, so
-the mean of the gradients towards one target places that realization among the others, as the concept's rows see them,
-and their scatter about the mean says how surely. Linear discriminant analysis (Fisher, 1936) finds the components along
-which the places differ most for that scatter. Those count whose reliability, the variance between places as a share of
-that of a single gradient, is above 0.8, or where the model is too noisy for that, whose signal is above a quarter of
-the clearest's: neither depends on how many gradients there are. If each counted alike, faint bends would count as much
-as ways; in units of the scatter, a loud way would hide the others; each counts by the geometric mean of the two. The
-places have a correlation dimension (Grassberger and Procaccia, 1983, "Measuring the strangeness of strange
+space it bends through. The gradients towards one target, averaged over what was noised, place that realization among
+the others, as the concept's rows see them; in the coordinates of `elrond_core.response`, where a movement of the rows
+counts by the change it causes, the variance of the places along a component is that of the images along this change,
+in latent values. Components count along which the places vary by more than one latent value, and by more than what
+scatter among the gradients could make of Gaussian places (the edge of a Fisher matrix: Wachter, 1980); each counts
+alike, however loud. If every realization is noised by itself, the places scatter with all that differs between one
+noised realization and another, most of all in distilled models, whose estimates look like images from the first step
+on. So compare a few noised realizations with all the others: what they answer is then the same for all places.
+
+The places have a correlation dimension (Grassberger and Procaccia, 1983, "Measuring the strangeness of strange
 attractors"): how fast the number of neighbours grows with the radius. Points in a box with sides fall short of its
 dimension, the more the higher it is; so the dimension is that of the box, every way varying evenly and by itself, whose
-points do the same. It assumes that distances at which 5 to 40 % of all pairs are neighbours lie above the noise of the
-places and below the bends of the curve; bends that the model answers clearly to still count in part, so that it ranks
-concepts better than it counts their ways.
+points do the same. It assumes that distances at which 5 to 20 % of all pairs are neighbours lie above the noise of the
+places and below the bends of the curve, and that ways vary independently.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from .errors import ElrondError
 from .gradients import Gradients
 from .moments import Moments
 from .pca import descending, fit_pca
-from .response import generalised
+from .response import components
 from .seeding import generator
 
 # How often noise alone exceeds what tells that there is signal at all (it is looked at more than once), and what the
@@ -69,11 +70,13 @@ _CAP = 400
 _FLAT = 0.5
 # Shares of the pairs of realizations between whose distances the correlation dimension is taken; the fewest
 # realizations and gradients a target for it, the most that are compared, and how often half of them is drawn.
-_NEAR, _FAR = 0.05, 0.4
+_NEAR, _FAR = 0.05, 0.2
 _LEAST_TARGETS, _LEAST_REPEATS, _MOST_TARGETS, _HALVES = 30, 2, 2000, 50
-_RELIABLE = 0.8
-# Points in the cubes that a slope is compared with.
-_POINTS = 500
+# Latent values by which the places vary along a component that counts; how many others a noised realization is compared
+# with where the mean of its gradients is taken away; and gradients at a time.
+_VARIES, _SHARED, _BLOCK = 1.0, 8, 4096
+# Points in the cubes that a slope is compared with, and their highest dimension.
+_POINTS, _MOST = 500, 40
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,9 @@ class LIDReport:
         variance95: components to reach 95 % of the variance.
         gap: place of the largest gap between singular values (Stanczuk et al., arXiv 2212.12611).
         ratio: eigenvalues whose share is above C/(R·d) (ELROND, step 5).
-        correlation: correlation dimension of the realizations as the concept's rows see them; None where there are too
-            few of them (30), too few gradients towards each (2), or moments only.
+        correlation: correlation dimension of the realizations as the concept's rows see them, 0 where they do not
+            differ by more than chance; None where there are too few of them (30), too few gradients towards each (2),
+            no response, or moments only.
         correlation_interval: its 90 % interval (half-samples of the realizations), or None.
         eigenvalues: float64, (P,): variances of the principal components, descending.
         null: float64, (P,): what the fitted noise alone would have had in their place.
@@ -132,10 +136,16 @@ class LIDReport:
         """The report as text, one fact a line."""
         low, high = self.interval
         interval = f"90 % interval {low} to {high}" if high is not None else f"{low} or more"
-        correlation = "not known: it takes 30 realizations or more, each the target of several gradients"
+        correlation = (
+            "not known: it takes gradients with their response, towards 30 realizations or more, several to each"
+        )
         if self.correlation is not None and self.correlation_interval is not None:
             bottom, top = self.correlation_interval
             correlation = f"{self.correlation:.1f} (90 % interval {bottom:.1f} to {top:.1f})"
+            if self.correlation == 0:
+                correlation = "0: to the word they differ by no more than chance, or by less than a latent value"
+            elif self.correlation >= _MOST:
+                correlation = f"{_MOST} or more"
         return [
             f"correlation dimension of the images as the word sees them: {correlation}",
             f"above the noise floor: {self.estimate} ({interval})",
@@ -193,37 +203,49 @@ def correlation_dimension(gradients: Gradients, seed: int = 0) -> tuple[float, t
     """Correlation dimension of the realizations as the concept's rows see them, and its 90 % interval.
 
     The dimension of the cube whose evenly drawn points have the same `correlation_slope`. A realization's place is the
-    mean of the gradients towards it, at the highest noise level collected, along discriminant components (see above),
-    in units of the geometric mean of the deviations of the places and of the gradients. Components are sought among
-    the leading principal ones of the gradients, four gradients to each. The interval comes from half-samples without
-    replacement (a bootstrap would repeat places, at no distance).
+    mean of the gradients towards it, at the highest noise level collected, along the components that count (see above),
+    which are sought among the leading ones of the response, four gradients to each. Where a noised realization is
+    compared with eight others or more in a row, the mean of its gradients is taken from each first: it tells of that
+    one only. The interval comes from half-samples without replacement (a bootstrap would repeat places, at no
+    distance); it does not hold what the choice of components may be off by.
 
     Returns:
-        The dimension and its interval, or None where fewer than 30 realizations are the target of at least 2 gradients.
+        The dimension, 0 if the places differ along no component, and its interval; or None without the response, or
+        where fewer than 30 realizations are the target of at least 2 gradients.
 
     Raises:
         ElrondError: if a gradient or response is not finite, or all are the same.
     """
-    gradients = gradients.at_levels(gradients.levels[:1])
-    vectors = gradients.flat.double()
+    if len(gradients.levels) > 1:
+        gradients = gradients.at_levels(gradients.levels[:1])
     some, place, repeats = gradients.targets.unique(return_inverse=True, return_counts=True)
-    freedom = len(vectors) - len(some)
     enough = repeats >= _LEAST_REPEATS
-    if int(enough.sum()) < _LEAST_TARGETS:
+    noised = torch.cat([gradients.sources.new_zeros(1), gradients.sources.diff().ne(0).cumsum(0)])
+    compared = noised.bincount()
+    shared = len(gradients) >= _SHARED * len(compared)
+    freedom = len(gradients) - len(some) - (len(compared) - 1 if shared else 0)
+    if not len(gradients.response) or int(enough.sum()) < _LEAST_TARGETS or freedom < 1:
         return None
-    vectors = vectors @ descending(Moments.of(gradients).covariance())[1][:, : max(1, freedom // 4)]
-    sums = torch.zeros(len(some), vectors.shape[1], dtype=torch.float64).index_add(0, place, vectors)
-    means = sums / repeats[:, None]
-    apart = vectors - means[place]
-    within = apart.T @ apart / freedom
-    # Rounding is no scatter.
-    within.diagonal().add_(1e-13 * vectors.var(0).max())
-    ratios, components = generalised(means[enough].T.cov(), within)
-    signal = ratios - (1 / repeats[enough]).mean()
-    kept = signal > min(_RELIABLE / (1 - _RELIABLE), float(signal[0]) / 4)
-    means = means[enough] @ components[:, kept]
-    means = means / means.std(0).clamp_min(1e-300) * signal[kept] ** 0.25
+    moves = components(gradients).moves[:, : max(1, freedom // 4)]
+    vectors = gradients.flat
+    common = _means(vectors, noised, compared) if shared else vectors.new_zeros(1, vectors.shape[1]).double()
+    of = noised if shared else torch.zeros_like(noised)
+    means = _means(vectors, place, repeats) - _means(common[of], place, repeats)
+    scatter = torch.zeros(vectors.shape[1], vectors.shape[1], dtype=torch.float64)
+    for rows in torch.arange(len(vectors)).split(_BLOCK):
+        apart = vectors[rows] - common[of[rows]] - means[place[rows]]
+        scatter += apart.T @ apart
+    means, repeats = means[enough] @ moves, repeats[enough]
+    # Of a place, as far as it is chance.
+    chance = moves.T @ scatter @ moves / freedom * (1 / repeats).mean()
     draw = generator(seed, "correlation dimension")
+    varied, axes = descending(means.T.cov() - chance)
+    likely = (axes * (chance @ axes)).sum(0)
+    kept = (varied > _VARIES) & (varied > (_edge_by_chance(len(axes), len(means), freedom) - 1) * likely)
+    if not kept.any():
+        return 0.0, (0.0, 0.0)
+    means = means @ axes[:, kept]
+    means = means / means.std(0)
     means = means[torch.randperm(len(means), generator=draw)[:_MOST_TARGETS]]
     distances = torch.cdist(means, means)
     value = box_dimension(distances)
@@ -236,10 +258,28 @@ def correlation_dimension(gradients: Gradients, seed: int = 0) -> tuple[float, t
     return value, (max(0.0, value - spread), value + spread)
 
 
+def _means(vectors: torch.Tensor, group: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Means (G, D), float64, of the vectors (N, D) of each group, by blocks."""
+    sums = torch.zeros(len(counts), vectors.shape[1], dtype=torch.float64)
+    for rows in torch.arange(len(vectors)).split(_BLOCK):
+        sums.index_add_(0, group[rows], vectors[rows].double())
+    return sums / counts[:, None]
+
+
+def _edge_by_chance(size: int, places: int, freedom: int) -> float:
+    """How many times its expectation, at most, the variance of Gaussian places of no signal is along any direction.
+
+    The upper edge of the eigenvalues of a Fisher matrix (Wachter, 1980), for covariances of that many values from that
+    many places and that many degrees of freedom, above which a signal is seen.
+    """
+    above, below = size / places, size / freedom
+    return ((1 + math.sqrt(above + below - above * below)) / (1 - below)) ** 2
+
+
 def correlation_slope(distances: torch.Tensor) -> float:
     """How many times the logarithm of the number of neighbours grows as fast as that of the distance.
 
-    ln(0.4/0.05) / ln(r(0.4)/r(0.05)), r(q) being the distance below which a share q of the pairs lies.
+    ln(0.2/0.05) / ln(r(0.2)/r(0.05)), r(q) being the distance below which a share q of the pairs lies.
 
     Args:
         distances: (n, n) between points, symmetric.
@@ -265,9 +305,9 @@ def box_dimension(distances: torch.Tensor) -> float:
 
 @functools.cache
 def _slopes_of_cubes() -> np.ndarray:
-    """Slopes of evenly drawn points in cubes of 0 to 40 dimensions; they hardly depend on how many points there are."""
+    """Slopes of evenly drawn points in cubes of 0 to `_MOST` dimensions; how many points there are hardly matters."""
     slopes = [0.0]
-    for size in range(1, 41):
+    for size in range(1, _MOST + 1):
         points = torch.rand(_POINTS, size, generator=generator(0, "cube", size), dtype=torch.float64)
         slopes.append(correlation_slope(torch.cdist(points, points)))
     return np.maximum.accumulate(slopes)

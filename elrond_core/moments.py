@@ -35,7 +35,12 @@ class Moments:
 
     @classmethod
     def empty(cls, rows: int, width: int, provenance: Provenance) -> Moments:
-        """Moments of no vectors yet."""
+        """Moments of no vectors yet.
+
+        Raises:
+            ElrondError: if the vectors would be empty.
+        """
+        _check_size(rows, width)
         size = rows * width
         zeros = torch.zeros(size, dtype=torch.float64)
         return cls(rows, width, provenance.with_(count=0), 0, zeros, torch.zeros(size, size, dtype=torch.float64))
@@ -45,7 +50,7 @@ class Moments:
         """Moments of a whole set of gradients.
 
         Raises:
-            ElrondError: if a gradient is not finite.
+            ElrondError: if a gradient is not finite, or they are empty.
         """
         _, rows, width = gradients.vectors.shape
         moments = cls.empty(rows, width, gradients.provenance)
@@ -61,8 +66,10 @@ class Moments:
         """Add vectors, float (B, R, d) or (B, R·d).
 
         Raises:
-            ElrondError: if the width differs, or a vector is not finite (named by its place among all added).
+            ElrondError: if the shape differs, or a vector is not finite (named by its place among all added).
         """
+        if batch.ndim not in (2, 3):
+            raise ElrondError(f"A batch must be vectors, (B, rows, d) or (B, rows x d), and has {tuple(batch.shape)}.")
         flat = batch.flatten(1)
         if flat.shape[1] != self.size:
             raise ElrondError(f"These moments are of vectors of {self.size} values, and the batch has {flat.shape[1]}.")
@@ -77,26 +84,28 @@ class Moments:
         """Add all that `other` has seen; the two may come from different machines.
 
         Raises:
-            ElrondError: if the two are of vectors of different shape or model family.
+            ElrondError: if the two are of vectors of different shape, or of different concepts or models
+                (`Provenance.united`), with both named.
         """
         if (self.rows, self.width) != (other.rows, other.width):
             raise ElrondError(
                 f"Moments of {self.rows} x {self.width} values cannot be merged with {other.rows} x {other.width}."
             )
-        if self.provenance.family != other.provenance.family:
-            raise ElrondError(
-                f"Moments of {self.provenance.family} cannot be merged with moments of {other.provenance.family}."
-            )
+        united = self.provenance.united(other.provenance)
+        if other.count:
+            self.provenance = united if self.count else other.provenance
         self._combine(other.count, other.mean, other.scatter)
 
     def covariance(self) -> torch.Tensor:
         """Unbiased covariance, float64 (R·d, R·d).
 
         Raises:
-            ElrondError: if there are fewer than two vectors.
+            ElrondError: if there are fewer than two vectors, or the moments are not finite.
         """
         if self.count < 2:
             raise ElrondError(f"A covariance needs at least 2 gradients, got {self.count}.")
+        if not (torch.isfinite(self.mean).all() and torch.isfinite(self.scatter).all()):
+            raise ElrondError("These moments are not finite (NaN or infinity); make them again from the gradients.")
         return self.scatter / (self.count - 1)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -116,6 +125,7 @@ class Moments:
             mean, scatter = tensors["mean"].double(), tensors["scatter"].double()
         except (KeyError, ValueError) as error:
             raise ElrondError("Moments need the tensors shape (3 numbers), mean and scatter.") from error
+        _check_size(rows, width)
         size = rows * width
         if count < 0 or mean.shape != (size,) or scatter.shape != (size, size):
             raise ElrondError(
@@ -134,6 +144,11 @@ class Moments:
         self.mean = self.mean + shift * (count / total)
         self.count = total
         self.provenance = self.provenance.with_(count=total)
+
+
+def _check_size(rows: int, width: int) -> None:
+    if rows < 1 or width < 1:
+        raise ElrondError(f"Vectors have at least 1 x 1 values, and these would have {rows} x {width}.")
 
 
 def require_finite(vectors: torch.Tensor, first: int = 0) -> None:

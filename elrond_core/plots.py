@@ -1,4 +1,7 @@
-"""Reports as pictures: float32 arrays (H, W, 3) in [0, 1], which the host shows as images."""
+"""Reports as pictures: float32 arrays (H, W, 3) in [0, 1], which the host shows as images.
+
+Every picture is drawn as a matplotlib figure first, by the function of the same name that ends in `_figure`.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,11 @@ _SHOWN = 128
 
 def scree(spectrum: Spectrum) -> np.ndarray:
     """Eigenvalues in order, with the threshold and what was kept."""
+    return _render(scree_figure(spectrum))
+
+
+def scree_figure(spectrum: Spectrum) -> Figure:
+    """`scree` before it is rendered."""
     figure, (axes,) = _figure(1)
     ranks, values = _leading(spectrum.eigenvalues)
     kept = ranks <= spectrum.kept
@@ -34,20 +42,26 @@ def scree(spectrum: Spectrum) -> np.ndarray:
     axes.set(xlabel="component", ylabel=spectrum.name)
     axes.set_title(f"{spectrum.significant} components above the threshold, {spectrum.count} gradients")
     axes.legend()
-    return _render(figure)
+    return figure
 
 
 def sae_report(report: SAEReport) -> np.ndarray:
     """The loss curve and the histogram of firing densities of an autoencoder."""
+    return _render(sae_report_figure(report))
+
+
+def sae_report_figure(report: SAEReport) -> Figure:
+    """`sae_report` before it is rendered."""
     figure, (left, right) = _figure(2)
     losses = report.losses.numpy()
     steps = np.arange(1, len(losses) + 1)
-    left.plot(steps, losses, color=_BLUE, alpha=0.3, linewidth=1)
+    left.plot(steps, losses, color=_BLUE, alpha=0.3, linewidth=1, label="each step")
     width = max(1, len(losses) // 50)
     smooth = np.convolve(losses, np.ones(width) / width, "valid")
-    left.plot(steps[width - 1 :], smooth, color=_BLUE, linewidth=2)
+    left.plot(steps[width - 1 :], smooth, color=_BLUE, linewidth=2, label="running mean")
     left.set_yscale("log")
     left.set(xlabel="step", ylabel="unexplained variance (FVU)", title=f"FVU {report.fvu:.3f} over all gradients")
+    left.legend()
 
     densities = report.log_densities[torch.isfinite(report.log_densities)].numpy()
     low, high = report.density_range
@@ -56,11 +70,16 @@ def sae_report(report: SAEReport) -> np.ndarray:
     right.set(xlabel="log10 of the share of gradients", ylabel="latents")
     right.set_title(f"{len(report.kept)} of {report.latents} latents kept, {report.dead:.0%} dead")
     right.legend()
-    return _render(figure)
+    return figure
 
 
 def lid_plot(report: LIDReport) -> np.ndarray:
-    """The spectrum, what noise alone would have had, the cut and its interval; and the published estimates."""
+    """The spectrum, what noise alone would have had, the cut and its interval; and all estimates in words."""
+    return _render(lid_plot_figure(report))
+
+
+def lid_plot_figure(report: LIDReport) -> Figure:
+    """`lid_plot` before it is rendered."""
     figure, (axes,) = _figure(1)
     ranks, values = _leading(report.eigenvalues)
     low, high = report.interval
@@ -74,14 +93,20 @@ def lid_plot(report: LIDReport) -> np.ndarray:
     axes.set_yscale("log")
     axes.set_xscale("log")
     axes.set(xlabel="component", ylabel="variance")
-    bound = "" if report.detectable else "at least "
-    axes.set_title(f"Above the noise floor: {bound}{report.estimate}, from {report.count} gradients")
+    floor = f"above the noise floor: {'' if report.detectable else 'at least '}{report.estimate}"
+    answer = "" if report.correlation is None else f"correlation dimension: {report.dimension:.1f}, "
+    axes.set_title(f"{answer}{floor}, from {report.count} gradients".capitalize())
     axes.legend()
-    return _render(figure)
+    return figure
 
 
 def subspace_heatmap(comparison: Comparison, names: tuple[str, str] = ("A", "B")) -> np.ndarray:
     """Cosines between the directions of two sets, and the principal angles between their spans."""
+    return _render(subspace_heatmap_figure(comparison, names))
+
+
+def subspace_heatmap_figure(comparison: Comparison, names: tuple[str, str] = ("A", "B")) -> Figure:
+    """`subspace_heatmap` before it is rendered."""
     figure, (left, right) = _figure(2)
     picture = left.imshow(comparison.cosines.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
     figure.colorbar(picture, ax=left, label="|cosine|")
@@ -95,7 +120,7 @@ def subspace_heatmap(comparison: Comparison, names: tuple[str, str] = ("A", "B")
     right.set(xlabel="principal pair", ylabel="angle in degrees", ylim=(0, 90))
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set_title(f"reconstruction {comparison.reconstruction:.2f}, hallucination {comparison.hallucination:.2f}")
-    return _render(figure)
+    return figure
 
 
 def _leading(values: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

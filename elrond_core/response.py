@@ -162,8 +162,10 @@ def checked_response(gradients: Gradients) -> torch.Tensor:
         raise ElrondError("These gradients came without the model's response; collect them again with it.")
     if len(response) < 2:
         raise ElrondError("A response needs at least 2 samples, got 1.")
-    if not torch.isfinite(response).all():
-        raise ElrondError("The response is not finite (NaN or infinity); collect the gradients again.")
+    finite = torch.isfinite(response).all(1)
+    if not finite.all():
+        row = int(finite.long().argmin())
+        raise ElrondError(f"The response is not finite (NaN or infinity) in row {row}; collect the gradients again.")
     return response
 
 

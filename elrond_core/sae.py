@@ -6,9 +6,11 @@ latents follow Gao et al., "Scaling and evaluating sparse autoencoders" (arXiv 2
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from .moments import require_finite
 from .seeding import generator
 
 OnStep = Callable[[int, int, float], None]
+Check = Callable[[], None]
 
 _STEPS = 3000
 _WARM_UP = 0.03
@@ -30,7 +33,12 @@ _COOL_DOWN = 0.4
 _AUX_WEIGHT = 1 / 32
 # Gradients of a batch that AuxK looks at: it normalises by what they leave, so that fewer cost time but not weight.
 _AUX_ROWS = 128
+# What is done between two checks for a cancel, at most: numbers that are looked at, and, of the gradients that the
+# finished autoencoder is tried on, how many and how many multiplications.
+_VALUES = 2**22
 _CHUNK = 4096
+_WORK = 2**32
+_SAME = "All gradients are the same, so there is nothing to learn."
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,8 @@ def train_sae(
     device: torch.device | str = "cpu",
     checkpoint: Path | None = None,
     on_step: OnStep | None = None,
+    check: Check = lambda: None,
+    warn: Callable[[str], None] = lambda sentence: None,
 ) -> tuple[Directions, SAEReport]:
     """Learn a sparse dictionary of the gradients; its atoms are the directions.
 
@@ -106,8 +116,12 @@ def train_sae(
             0 for never.
         device: where to train; the result is on the CPU.
         checkpoint: file that training resumes from if it exists and fits the gradients and settings; written ten
-            times, and when anything raises, and removed at the end. The resumed training is the same training.
-        on_step: called after each step with (step, steps, FVU of the batch); may raise to cancel.
+            times, and when anything raises, and removed at the end. The resumed training is the same training. Its
+            folder is made if need be.
+        on_step: called after each step with (step, steps, FVU of the batch); may raise to cancel. There are fewer
+            steps once FVU has stalled.
+        check: called between pieces of work that take well under a second at the published size; may raise to cancel.
+        warn: told, in one sentence and once, that the checkpoint cannot be written; the training goes on.
 
     Returns:
         Directions (K, R, d), unit norm, ranked by the share of the gradients' energy Σ‖g - b_dec‖² that each latent
@@ -116,12 +130,11 @@ def train_sae(
 
     Raises:
         ElrondError: if there are fewer than two gradients, one is not finite, all are the same, an option is out of
-            range, or no latent's density lies in the range.
+            range, all latents die, or no latent's density lies in the range.
     """
     vectors = gradients.flat
     if len(vectors) < 2:
         raise ElrondError(f"A sparse autoencoder needs at least 2 gradients, got {len(vectors)}.")
-    require_finite(vectors)
     size = vectors.shape[1]
     latents = size if latents is None else latents
     if latents < 1:
@@ -129,56 +142,106 @@ def train_sae(
     k = min(32, max(1, latents // 24)) if k is None else k
     _check(latents, k, epochs, learning_rate, batch_size, density_range)
 
-    # Zero gradients (a realization compared with its like) must not make the scale zero.
-    norms = vectors.norm(dim=1)
-    scale = float(norms[norms > 0].median()) if (norms > 0).any() else 1.0
-    data = (vectors / scale).to(device)
-    variance = float((data - data.mean(0)).square().sum(1).mean())
+    data = _scaled(vectors, check).to(device)
+    mean = data.mean(0)
+    variance = float(torch.cat([(piece - mean).square().sum(1) for piece in _pieces(data, check)]).mean())
     if variance <= 1e-12:
-        raise ElrondError("All gradients are the same, so there is nothing to learn.")
+        raise ElrondError(_SAME)
 
-    trainer = _Trainer(data, variance, latents, k, epochs, learning_rate, batch_size, seed, patience)
-    # What must agree for a checkpoint to be continued; the sum stands for the gradients themselves.
-    identity = json.dumps(
-        [
-            *data.shape,
-            float(vectors.double().abs().sum()),
-            latents,
-            k,
-            epochs,
-            learning_rate,
-            batch_size,
-            seed,
-            patience,
-        ]
-    )
+    trainer = _Trainer(data, variance, latents, k, epochs, learning_rate, batch_size, seed, patience, check)
+    identity = ""
     if checkpoint is not None:
+        settings = (latents, k, epochs, learning_rate, batch_size, seed, patience)
+        identity = json.dumps([*data.shape, _digest(vectors, check), *settings])
         trainer.resume(checkpoint, identity)
+
+    complained = False
+
+    def keep() -> None:
+        nonlocal complained
+        if checkpoint is None:
+            return
+        try:
+            trainer.save(checkpoint, identity)
+        except Exception as error:  # The library raises its own, undocumented types.
+            # The training is worth more than its copy, and whoever cancels it is to see that it is cancelled.
+            if not complained:
+                warn(
+                    f"The training cannot be kept in {checkpoint.parent} ({error}): it goes on, but if it is "
+                    "interrupted it starts from what was kept last."
+                )
+            complained = True
+
     try:
         while trainer.step < trainer.end:
             fvu = trainer.advance()
-            if checkpoint is not None and trainer.step % max(1, trainer.steps // 10) == 0:
-                trainer.save(checkpoint, identity)
+            if trainer.step % max(1, trainer.steps // 10) == 0:
+                keep()
             if on_step:
                 on_step(trainer.step, trainer.end, fvu)
+        found = _finish(trainer, gradients, density_range)
     except BaseException:
-        if checkpoint is not None:
-            trainer.save(checkpoint, identity)
+        keep()
         raise
     if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
-    return _finish(trainer, gradients, density_range)
+        with contextlib.suppress(OSError):
+            checkpoint.unlink(missing_ok=True)
+    return found
 
 
-def geometric_median(points: torch.Tensor, iterations: int = 50) -> torch.Tensor:
-    """The point of least summed distance to `points` (N, D), by Weiszfeld's algorithm; (D,)."""
+def geometric_median(points: torch.Tensor, iterations: int = 50, check: Check = lambda: None) -> torch.Tensor:
+    """The point of least summed distance to `points` (N, D), by Weiszfeld's algorithm; (D,).
+
+    `check` is called between pieces of the work and may raise to cancel.
+    """
     median = points.mean(0)
     for _ in range(iterations):
-        weights = 1 / (points - median).norm(dim=1).clamp_min(1e-6)
+        distances = torch.cat([(piece - median).norm(dim=1) for piece in _pieces(points, check)])
+        weights = 1 / distances.clamp_min(1e-6)
         previous, median = median, (weights @ points) / weights.sum()
         if (median - previous).norm() <= 1e-5 * median.norm():
             break
     return median
+
+
+def _pieces(vectors: torch.Tensor, check: Check) -> Iterator[torch.Tensor]:
+    """All rows of (N, D), a bounded number of values at once, with a check before each."""
+    for piece in vectors.split(max(1, _VALUES // vectors.shape[1])):
+        check()
+        yield piece
+
+
+def _scaled(vectors: torch.Tensor, check: Check) -> torch.Tensor:
+    """Gradients (N, D) divided by their median norm.
+
+    Zero gradients (a realization compared with its like) do not make the scale zero.
+    """
+    norms, first = [], 0
+    for piece in _pieces(vectors, check):
+        require_finite(piece, first)
+        first += len(piece)
+        norms.append(piece.double().norm(dim=1))
+    typical = torch.cat(norms)
+    typical = typical[typical > 0]
+    if not len(typical):
+        raise ElrondError(_SAME)
+    # By a power of two first, which rounds nothing: what is squared from here on is near one, whatever the scale.
+    power = 2.0 ** math.frexp(float(typical.median()))[1]
+    data = torch.empty_like(vectors)
+    first = 0
+    for piece in _pieces(vectors, check):
+        data[first : first + len(piece)] = piece.double() / power
+        first += len(piece)
+    lengths = data.norm(dim=1)
+    data /= float(lengths[lengths > 0].median())
+    return data
+
+
+def _digest(vectors: torch.Tensor, check: Check) -> str:
+    summed = hashlib.blake2b(digest_size=32)
+    for piece in _pieces(vectors, check):
+        summed.update(piece.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
+    return summed.hexdigest()
 
 
 class _Trainer:
@@ -195,8 +258,9 @@ class _Trainer:
         batch_size: int,
         seed: int,
         patience: int,
+        check: Check = lambda: None,
     ) -> None:
-        self.data, self.variance, self.k = data, variance, k
+        self.data, self.variance, self.k, self.check = data, variance, k, check
         self.learning_rate, self.batch_size, self.seed, self.patience = learning_rate, batch_size, seed, patience
         count, size = data.shape
         self.per_epoch = math.ceil(count / batch_size)
@@ -205,13 +269,18 @@ class _Trainer:
         self.window = max(100, self.per_epoch)
 
         decoder = torch.randn(latents, size, generator=generator(seed, "sae decoder")).to(data)
-        decoder = decoder / decoder.norm(dim=1, keepdim=True)
+        check()
+        decoder /= decoder.norm(dim=1, keepdim=True)
         # The encoder starts tied to the decoder, as published.
-        parameters = (decoder.clone(), torch.zeros(latents).to(data), decoder, geometric_median(data))
+        parameters = (decoder.clone(), torch.zeros(latents).to(data), decoder, geometric_median(data, check=check))
         self.parameters = [value.requires_grad_(True) for value in parameters]
         self.encoder, self.encoder_bias, self.decoder, self.decoder_bias = self.parameters
+        check()
         self.adam = torch.optim.Adam(self.parameters, lr=learning_rate, fused=True)
+        check()
         self.step, self.end = 0, self.steps
+        # False within the part of a step that changes the state: what an exception leaves then is no step's.
+        self.whole = True
         self.losses: list[float] = []
         self.idle = torch.zeros(latents, dtype=torch.int64, device=data.device)  # Steps since a latent last fired.
         self.order: tuple[int, torch.Tensor] | None = None
@@ -227,18 +296,23 @@ class _Trainer:
         # Only the atoms that are active are looked at: with few of many that is much less than a product with all.
         return torch.nn.functional.embedding_bag(places, self.decoder, per_sample_weights=values, mode="sum")
 
-    def loss(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The FVU of a batch (B, D), and what is minimised: that and AuxK; counts the steps latents have not fired."""
+    def loss(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The FVU of a batch (B, D), what is minimised (that and AuxK), and `idle` as it is after this batch."""
         before = self.before(batch)
+        # In the backward pass, this is before the encoder's part of it.
+        before.register_hook(lambda _: self.check())
+        self.check()
         values, places = _top(before, self.k)
+        self.check()
         rest = batch - self.decoder_bias - self.decode(values, places)
         fvu = rest.square().sum() / (len(batch) * self.variance)
 
-        self.idle += 1
-        self.idle[places[values > 0]] = 0
-        dead = (self.idle >= self.window).nonzero().squeeze(1)
+        idle = self.idle + 1
+        idle[places[values > 0]] = 0
+        dead = (idle >= self.window).nonzero().squeeze(1)
         if not len(dead):
-            return fvu, fvu
+            return fvu, fvu, idle
+        self.check()
         # AuxK: what the living leave, reconstructed by the dead alone.
         wanted = rest[:_AUX_ROWS].detach()
         before = before[:_AUX_ROWS].index_select(1, dead)
@@ -246,28 +320,33 @@ class _Trainer:
         # Here so many are active that a product with all is the faster one.
         found = torch.zeros_like(before).scatter(1, places, values) @ self.decoder.index_select(0, dead)
         auxiliary = (wanted - found).square().sum() / wanted.square().sum().clamp_min(1e-12)
-        return fvu, fvu + _AUX_WEIGHT * auxiliary
+        return fvu, fvu + _AUX_WEIGHT * auxiliary, idle
 
     def advance(self) -> float:
-        """One step of Adam; returns the batch's FVU."""
-        fvu, loss = self.loss(self._batch())
+        """One step of Adam; returns the batch's FVU. A check that raises leaves the state as it was."""
+        fvu, loss, idle = self.loss(self._batch())
+        self.check()
         for group in self.adam.param_groups:
             group["lr"] = self.learning_rate * self._rate()
         self.adam.zero_grad()
         loss.backward()
+        self.check()
         with torch.no_grad():
             pull = self.decoder.grad
             assert pull is not None
             # Along an atom a step would only change its norm, which is then set to one.
             pull -= (pull * self.decoder).sum(1, keepdim=True) * self.decoder
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.check()
+        self.whole = False
         self.adam.step()
         with torch.no_grad():
             self.decoder /= self.decoder.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        self.step += 1
+        self.step, self.idle = self.step + 1, idle
         self.losses.append(float(fvu.detach()))
         if self._stalled():
             self.end = self.step + self.cool_down
+        self.whole = True
         return self.losses[-1]
 
     def _batch(self) -> torch.Tensor:
@@ -291,40 +370,54 @@ class _Trainer:
         return bool(means[-self.patience :].min() > 0.995 * means[: -self.patience].min() - 1e-3)
 
     def save(self, path: Path, identity: str) -> None:
-        """Write the state, whole or not at all."""
-        tensors = {f"parameter{i}": value.detach() for i, value in enumerate(self.parameters)}
+        """Write the state, whole or not at all, unless there is nothing that could be continued."""
+        if not self.step or not self.whole:
+            return
+        tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64), "idle": self.idle}
         for i, value in enumerate(self.parameters):
-            if state := self.adam.state.get(value):
-                tensors |= {f"first{i}": state["exp_avg"], f"second{i}": state["exp_avg_sq"]}
-        tensors |= {"losses": torch.tensor(self.losses, dtype=torch.float64), "idle": self.idle}
+            state = self.adam.state[value]
+            tensors |= {f"parameter{i}": value.detach(), f"first{i}": state["exp_avg"]}
+            tensors[f"second{i}"] = state["exp_avg_sq"]
         temporary = path.with_name(f".{path.name}.tmp")
         metadata = {"identity": identity, "step": str(self.step), "end": str(self.end)}
-        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
-        temporary.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
+            temporary.replace(path)
+        finally:
+            # A full disk must be what is reported, not that nothing can be removed from it.
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def resume(self, path: Path, identity: str) -> None:
-        """Continue from a checkpoint, or start afresh if there is none of these gradients and settings."""
-        if not path.is_file():
-            return
+        """Continue from a checkpoint, or start afresh if there is no sound one of these gradients and settings."""
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
+                if metadata.get("identity") != identity:
+                    return
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except Exception:
+            step, end = int(metadata["step"]), int(metadata["end"])
+        except Exception:  # The library raises its own, undocumented types.
             return
-        if metadata.get("identity") != identity:
+        layout = {"losses": ((step,), torch.float64), "idle": (tuple(self.idle.shape), torch.int64)}
+        for i, value in enumerate(self.parameters):
+            layout |= {f"{kind}{i}": (tuple(value.shape), value.dtype) for kind in ("parameter", "first", "second")}
+        found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        if not 0 < step <= end <= self.steps or found != layout:
             return
-        self.step, self.end = int(metadata["step"]), int(metadata["end"])
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            return
+        self.step, self.end = step, end
         self.losses, self.idle = tensors["losses"].tolist(), tensors["idle"].to(self.idle.device)
         with torch.no_grad():
             for i, value in enumerate(self.parameters):
                 value.copy_(tensors[f"parameter{i}"])
-                if self.step:
-                    self.adam.state[value] = {
-                        "step": torch.tensor(float(self.step), device=value.device),
-                        "exp_avg": tensors[f"first{i}"].to(value),
-                        "exp_avg_sq": tensors[f"second{i}"].to(value),
-                    }
+                self.adam.state[value] = {
+                    "step": torch.tensor(float(step), device=value.device),
+                    "exp_avg": tensors[f"first{i}"].to(value),
+                    "exp_avg_sq": tensors[f"second{i}"].to(value),
+                }
 
 
 def _top(before: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -341,7 +434,8 @@ def _finish(
     count, latents = len(trainer.data), len(trainer.decoder)
     fired = torch.zeros(latents, dtype=torch.float64)
     energy, rest, total = torch.zeros(latents, dtype=torch.float64), 0.0, 0.0
-    for batch in trainer.data.split(_CHUNK):
+    for batch in trainer.data.split(min(_CHUNK, max(1, _WORK // trainer.decoder.numel()))):
+        trainer.check()
         values, places = _top(trainer.before(batch), trainer.k)
         centred = batch - trainer.decoder_bias
         rest += float((centred - trainer.decode(values, places)).double().square().sum())
@@ -349,6 +443,11 @@ def _finish(
         values, places = values.flatten().cpu(), places.flatten().cpu()
         fired += places[values > 0].bincount(minlength=latents)
         energy += places.bincount(values.double().square(), minlength=latents)
+    if not fired.any():
+        raise ElrondError(
+            f"All {latents} latents are dead, and there is no direction: lower the learning rate "
+            f"({trainer.learning_rate:g})."
+        )
     log_densities = (fired / count).log10()
     low, high = density_range
     kept = ((log_densities > low) & (log_densities < high)).nonzero().squeeze(1)

@@ -7,11 +7,11 @@ from comfy_api.latest import io
 from ..elrond_core import plots
 from ..elrond_core.directions import Directions
 from ..elrond_core.subspace import compare
-from .types import DirectionsIO, image
+from .types import DirectionsIO, absent, image
 
 
 class CompareDirections(io.ComfyNode):
-    """Two sets of directions to a report and a heat map."""
+    """Two sets of directions to a report, a heat map, and what they share or have alone."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -40,6 +40,13 @@ class CompareDirections(io.ComfyNode):
             outputs=[
                 io.String.Output(display_name="report", tooltip="Shared and exclusive directions, angles, overlap."),
                 io.Image.Output(display_name="plot", tooltip="Cosines of single directions, and principal angles."),
+                DirectionsIO.Output(display_name="shared", tooltip="What both span, the most alike first."),
+                DirectionsIO.Output(
+                    display_name="only_reference", tooltip="What only the reference spans, the most foreign first."
+                ),
+                DirectionsIO.Output(
+                    display_name="only_sample", tooltip="What only the sample spans, the most foreign first."
+                ),
             ],
         )
 
@@ -48,7 +55,13 @@ class CompareDirections(io.ComfyNode):
         """Compare and plot."""
         found = compare(reference, sample, limit=limit)
         picture = plots.subspace_heatmap(found, ("reference", "sample"))
-        return io.NodeOutput("\n".join(found.lines()), image(picture))
+        return io.NodeOutput(
+            "\n".join(found.lines()),
+            image(picture),
+            found.shared or absent(f"The two sets share no direction up to {limit:g} degrees."),
+            found.only_a or absent(f"The sample spans all of the reference up to {limit:g} degrees."),
+            found.only_b or absent(f"The reference spans all of the sample up to {limit:g} degrees."),
+        )
 
 
 NODES = [CompareDirections]

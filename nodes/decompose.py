@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import logging
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ _SIGNIFICANCE = io.Float.Input(
     step=0.1,
     tooltip="Keep components that explain more than so many times the average; 2.5 in the paper.",
 )
+# Parts of the progress bar of a training.
+_PROGRESS = 1000
 _LIMIT = io.Int.Input("most", default=64, min=1, max=4096, tooltip="Keep no more directions than this.")
 
 
@@ -187,24 +189,28 @@ class TrainSAE(io.ComfyNode):
         seed: int,
     ) -> io.NodeOutput:
         """Train with the host's progress bar."""
-        update: Any = None
-
-        def on_step(step: int, steps: int, loss: float) -> None:
-            nonlocal update
-            update = update or host.progress(steps)
-            update(step)
-
-        # The executor's inference mode forbids training, and what was made in it cannot be trained on.
-        with torch.inference_mode(False), torch.enable_grad():
+        update = host.progress(_PROGRESS)
+        # Not the densities: with another range, a training that is done goes straight to its choice.
+        settings = (latents, k, epochs, learning_rate, seed)
+        # The executor's inference mode forbids training.
+        with (
+            host.kept_training(gradients.vectors, settings) as checkpoint,
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
             directions, report = train_sae(
-                replace(gradients, vectors=gradients.vectors.clone(), response=gradients.response.clone()),
+                gradients,
                 latents=latents or None,
                 k=k or None,
                 epochs=epochs or None,
                 learning_rate=learning_rate,
                 density_range=(lowest_density, highest_density),
                 seed=seed,
-                on_step=on_step,
+                checkpoint=checkpoint,
+                # The number of steps falls when FVU stalls, and the bar's cannot change.
+                on_step=lambda step, steps, _: update(_PROGRESS * step / steps),
+                check=host.stop_if_cancelled,
+                warn=lambda sentence: logging.warning(f"ELROND: {sentence}"),
             )
         return io.NodeOutput(directions, image(plots.sae_report(report)), "\n".join(report.lines()))
 

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..elrond_core.errors import ElrondError
-from ..elrond_core.gradients import Denoiser, Gradients, check_targets, collect
+from ..elrond_core.gradients import TARGETS_A_PROBE, Denoiser, Gradients, check_targets, collect
 from ..elrond_core.provenance import Provenance
 from ..elrond_core.quality import Sufficient
 from . import host
@@ -185,7 +185,7 @@ class CollectGradients(io.ComfyNode):
             seed,
             batch_size,
             targets_per_realization,
-            response,
+            response and TARGETS_A_PROBE,
             remove_common,
             guidance,
             vae,

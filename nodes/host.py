@@ -19,6 +19,7 @@ import inspect
 import logging
 import math
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -320,6 +321,11 @@ def progress(total: int, model: Any = None) -> Callable[..., None]:
         bar.update_absolute(done, total, picture)
 
     return update
+
+
+def stop_if_cancelled() -> None:
+    """End the work, as the progress bar does, if the user cancelled it."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 def sampler_names() -> list[str]:
@@ -788,6 +794,19 @@ def open_shards(model: Any, *values: Any) -> shards.Shards | None:
     root = output_folder() / "collections"
     shards.prune(root, name)
     return shards.Shards(root, name, lambda sentence: logging.warning(f"ELROND: {sentence}"))
+
+
+@contextlib.contextmanager
+def kept_training(*values: Any) -> Iterator[Path]:
+    """A file in the output folder for the state of a training that everything in `values` determines.
+
+    It is removed with its folder when the block ends, and stays for the next attempt when the block raises.
+    """
+    root = output_folder() / "trainings"
+    name = shards.fingerprint(__version__, torch.__version__, values)
+    shards.prune(root, name)
+    yield root / name / "training.safetensors"
+    shutil.rmtree(root / name, ignore_errors=True)
 
 
 # Attributes of a patcher that change what its model computes, as far as the host has them.

@@ -4,10 +4,24 @@ import pytest
 import torch
 
 from elrond_core.errors import ElrondError
+from elrond_core.gradients import Gradients
 from elrond_core.moments import Moments
 from elrond_core.provenance import Provenance
+from elrond_core.response import checked_response
 
-HERE = Provenance(family="SDXL")
+HERE = Provenance(
+    family="SDXL",
+    prompt="a dog",
+    concept="dog",
+    tokens=("dog",),
+    rows=(2, 3),
+    token_norm=27.9,
+    sigma=(14.61, 7.5),
+    seed=1,
+    latent_values=64,
+    host="ComfyUI 0.3.75",
+    extra={"author": "one"},
+)
 
 
 def _sample(count: int = 501, rows: int = 2, width: int = 9) -> torch.Tensor:
@@ -51,6 +65,55 @@ def test_merging_leaves_the_other_alone() -> None:
     assert torch.equal(right.scatter, before) and right.count == 498
 
 
+def test_merging_unites_where_they_come_from() -> None:
+    # As a level that went through a float32 tensor comes back.
+    rounded = float(torch.tensor(14.61))
+    there = HERE.with_(
+        seed=2, sigma=(rounded, 3.0), token_norm=27.8, host="ComfyUI 0.3.80", extra={"author": "two", "note": "kept"}
+    )
+    left, right = _moments(_sample(5)), Moments.empty(2, 9, there)
+    right.add(_sample(7))
+    left.merge(right)
+    assert left.provenance == HERE.with_(
+        sigma=(14.61, 7.5, 3.0),
+        count=12,
+        seeds=(1, 2),
+        host="ComfyUI 0.3.75, ComfyUI 0.3.80",
+        extra={"author": "one", "note": "kept"},
+    )
+    left.merge(right)
+    assert left.provenance.seeds == (1, 2) and left.provenance.count == 19
+
+
+def test_merging_into_none_or_with_none_keeps_the_one_there_is() -> None:
+    other = Moments.empty(2, 9, HERE.with_(seed=2, sigma=(3.0,)))
+    other.add(_sample(5))
+    whole = Moments.empty(2, 9, HERE)
+    whole.merge(other)
+    whole.merge(Moments.empty(2, 9, HERE))
+    assert whole.provenance == HERE.with_(seed=2, sigma=(3.0,), count=5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"family": "Flux"}, "the model family of one is 'SDXL', of the other 'Flux'"),
+        ({"prompt": "a cat"}, "the prompt of one is 'a dog', of the other 'a cat'"),
+        ({"concept": "cat"}, "the concept of one is 'dog', of the other 'cat'"),
+        ({"tokens": ("do", "g")}, r"the tokens of one is \['dog'\], of the other \['do', 'g'\]"),
+        ({"rows": (4, 5)}, r"the rows of one is \[2, 3\], of the other \[4, 5\]"),
+        ({"latent_values": 256}, "the number of values in a latent of one is 64, of the other 256"),
+        ({"token_norm": 24.0}, "norm is 27.9 in one and 24 in the other"),
+    ],
+)
+def test_what_does_not_belong_together_is_not_merged(changes: dict, sentence: str) -> None:
+    left, right = _moments(_sample(5)), Moments.empty(2, 9, HERE.with_(**changes))
+    right.add(_sample(5))
+    with pytest.raises(ElrondError, match=f"^These cannot be merged: .*{sentence}"):
+        left.merge(right)
+    assert left.count == 5 and left.provenance == HERE.with_(count=5)
+
+
 def test_tensors_round_trip() -> None:
     moments = _moments(_sample())
     again = Moments.from_tensors(moments.tensors(), HERE)
@@ -67,12 +130,33 @@ def test_a_bad_row_is_named_by_its_place_among_all() -> None:
     assert moments.count == 10
 
 
+@pytest.mark.parametrize("name", ["mean", "scatter"])
+def test_moments_that_are_not_finite_have_no_covariance(name: str) -> None:
+    moments = _moments(_sample(5))
+    getattr(moments, name).view(-1)[4] = torch.nan
+    with pytest.raises(ElrondError, match="These moments are not finite"):
+        moments.covariance()
+
+
+def test_a_response_that_is_not_finite_is_named() -> None:
+    response = torch.ones(9, 2, 9)
+    response[6, 1, 0] = torch.nan
+    numbers = torch.arange(5)
+    source = Gradients(_sample(5), torch.ones(5), numbers, numbers + 1, HERE, response)
+    with pytest.raises(ElrondError, match=r"The response is not finite \(NaN or infinity\) in row 6;"):
+        checked_response(source)
+
+
 @pytest.mark.parametrize(
     ("act", "sentence"),
     [
+        (lambda m: m.add(torch.zeros(18)), r"A batch must be vectors, .* and has \(18,\)"),
+        (lambda m: m.add(torch.zeros(())), r"A batch must be vectors, .* and has \(\)"),
+        (lambda m: Moments.empty(0, 9, HERE), "at least 1 x 1 values, and these would have 0 x 9"),
+        (lambda m: Moments.empty(2, 0, HERE), "at least 1 x 1 values, and these would have 2 x 0"),
+        (lambda m: Moments.from_tensors({**m.tensors(), "shape": torch.tensor([5, -2, -9])}, HERE), "have -2 x -9"),
         (lambda m: m.add(torch.zeros(3, 4)), "vectors of 18 values, and the batch has 4"),
         (lambda m: m.merge(Moments.empty(1, 9, HERE)), "2 x 9 values cannot be merged with 1 x 9"),
-        (lambda m: m.merge(Moments.empty(2, 9, Provenance("Flux"))), "SDXL cannot be merged with moments of Flux"),
         (lambda m: m.covariance(), "at least 2 gradients, got 0"),
         (lambda m: Moments.from_tensors({}, HERE), "Moments need the tensors"),
         (lambda m: Moments.from_tensors({**m.tensors(), "mean": torch.zeros(3)}, HERE), "do not fit a mean of"),

@@ -32,7 +32,25 @@ def repeated() -> torch.Tensor:
     return sample(7).repeat(9, 1, 1)
 
 
-@pytest.mark.parametrize("vectors", [sample(15), sample(40), sample(300), repeated()], ids=["N<d", "N=d", "N>d", "rep"])
+def constant(count: int) -> torch.Tensor:
+    """Gradients some of whose values are always the same, zero or not."""
+    vectors = sample(count).flatten(1)
+    vectors[:, 3], vectors[:, 10:15], vectors[:, -1] = 0.0, 5e-3, -1.0
+    return vectors.reshape(count, 2, 20)
+
+
+CASES = {
+    "N<d": sample(15),
+    "N=d": sample(40),
+    "N>d": sample(300),
+    "rep": repeated(),
+    "constant, N<d": constant(15),
+    "constant, N=d": constant(40),
+    "constant, N>d": constant(300),
+}
+
+
+@pytest.mark.parametrize("vectors", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("streamed", [False, True])
 def test_agrees_with_scikit_learn(vectors: torch.Tensor, streamed: bool) -> None:
     source = Moments.of(gradients(vectors)) if streamed else gradients(vectors)
@@ -48,6 +66,13 @@ def test_agrees_with_scikit_learn(vectors: torch.Tensor, streamed: bool) -> None
     # Distance of the subspaces, and of each component up to its sign.
     np.testing.assert_allclose(ours.T @ ours, theirs.T @ theirs, atol=1e-5)
     np.testing.assert_allclose(np.abs((ours * theirs).sum(1)), 1.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [15, 40, 300])
+def test_directions_leave_what_is_constant_alone(count: int) -> None:
+    vectors = fit_pca(gradients(constant(count)), significance=0)[0].vectors.flatten(1)
+    assert len(vectors) == min(count - 1, 33)
+    assert vectors[:, [3, *range(10, 15), -1]].abs().max() < 1e-6
 
 
 def test_signs_and_norms() -> None:

@@ -1,10 +1,17 @@
 """The sparse autoencoder: recovers a known dictionary, repeats itself, resumes exactly, and refuses bad input."""
 
+import math
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from elrond_core import sae
 from elrond_core.errors import ElrondError
 from elrond_core.gradients import Gradients
 from elrond_core.provenance import Provenance
@@ -37,6 +44,116 @@ def test_recovers_a_known_dictionary_at_any_scale(scale: float) -> None:
     assert len(report.losses) <= 100 * 8
 
 
+def test_no_scale_is_too_small_or_too_large() -> None:
+    # By a power of two nothing is rounded.
+    _, vectors = sparse(count=300)
+    one, report = train_sae(gradients(vectors), epochs=5)
+    for power in (-100, 85):
+        other, same = train_sae(gradients(vectors * 2.0**power), epochs=5)
+        assert torch.equal(one.vectors, other.vectors) and torch.equal(report.losses, same.losses)
+
+
+def trainers(monkeypatch: pytest.MonkeyPatch, ready: Callable[[_Trainer], None]) -> None:
+    """Show `ready` every trainer before its first step."""
+
+    class Shown(_Trainer):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            ready(self)
+
+    monkeypatch.setattr(sae, "_Trainer", Shown)
+
+
+def before_each_update(trainer: _Trainer, look: Callable[[], None]) -> None:
+    """Call `look` whenever the gradients are final and the parameters not yet changed."""
+    update = trainer.adam.step
+
+    def step() -> None:
+        look()
+        update()
+
+    trainer.adam.step = step
+
+
+def test_starts_from_the_geometric_median_of_gradients_of_median_norm_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, vectors = sparse(count=300)
+    vectors = 7 * vectors + 3
+    vectors[:40] *= 1000
+    vectors[-9:] = 0
+    seen: list[torch.Tensor] = []
+    trainers(monkeypatch, lambda trainer: seen.extend((trainer.data, trainer.decoder_bias.detach().clone())))
+    train_sae(gradients(vectors), epochs=1)
+    data, bias = seen
+    norms = data.norm(dim=1)
+    assert float(norms[:-9].median()) == pytest.approx(1, rel=1e-6)
+    assert norms.mean() > 10
+    torch.testing.assert_close(data * vectors.flatten(1).norm(dim=1)[:-9].median(), vectors.flatten(1))
+    assert torch.equal(bias, geometric_median(data))
+    assert bias.norm() > 0.5 and (data.mean(0) - bias).norm() > 10
+
+
+def test_decoder_gradients_are_at_right_angles_to_the_atoms_and_all_are_clipped() -> None:
+    # A variance that small makes a loss, and so gradients, that must be clipped.
+    trainer = _Trainer(sparse(count=300)[1].flatten(1), 1e-3, 40, 3, None, 1e-3, 300, 0, 5)
+    norms: list[float] = []
+
+    def look() -> None:
+        pull = trainer.decoder.grad
+        along = (pull * trainer.decoder).sum(1).abs()
+        assert (along <= 1e-5 * pull.norm(dim=1) + 1e-9).all()
+        norms.append(math.sqrt(sum(float(value.grad.double().square().sum()) for value in trainer.parameters)))
+
+    before_each_update(trainer, look)
+    for _ in range(3):
+        trainer.advance()
+        assert torch.allclose(trainer.decoder.norm(dim=1), torch.ones(40))
+    assert norms == pytest.approx([1, 1, 1], rel=1e-3)
+
+
+def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Where the learning rates of all steps will be."""
+    seen: list[float] = []
+
+    def ready(trainer: _Trainer) -> None:
+        before_each_update(trainer, lambda: seen.append(trainer.adam.param_groups[0]["lr"]))
+
+    trainers(monkeypatch, ready)
+    return seen
+
+
+def test_the_rate_warms_up_and_falls_to_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = rates(monkeypatch)
+    train_sae(gradients(sparse(count=300)[1]), epochs=200, learning_rate=0.01)
+    seen = torch.tensor(found)
+    assert len(seen) == 200
+    # Six steps up, 114 at the peak, and 80 down, after which the next would be zero.
+    assert torch.allclose(seen[:6], 0.01 * torch.arange(1, 7) / 6)
+    assert (seen[6:120] == 0.01).all()
+    assert torch.allclose(seen[120:], 0.01 * torch.arange(80, 0, -1) / 80)
+
+
+@pytest.mark.parametrize(("chunk", "work"), [(64, 2**40), (4096, 64 * 60 * 32)])
+def test_the_report_is_over_all_gradients(chunk: int, work: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # No part of them resembles the whole.
+    _, vectors = sparse(count=1500)
+    vectors = vectors[vectors.flatten(1)[:, 0].argsort()] * torch.linspace(0.2, 2, 1500)[:, None, None]
+    monkeypatch.setattr(sae, "_CHUNK", chunk)
+    monkeypatch.setattr(sae, "_WORK", work)
+    found: list[_Trainer] = []
+    trainers(monkeypatch, found.append)
+    directions, report = train_sae(gradients(vectors), latents=60, k=3, epochs=10)
+    (trainer,) = found
+    encoder, encoder_bias, decoder, decoder_bias = (value.detach().double() for value in trainer.parameters)
+    centred = vectors.flatten(1).double() / vectors.flatten(1).norm(dim=1).median() - decoder_bias
+    values, places = (centred @ encoder.T + encoder_bias).relu().topk(3, dim=1)
+    active = torch.zeros(1500, 60, dtype=torch.float64).scatter(1, places, values)
+    rest = (centred - active @ decoder).square().sum() / (centred - centred.mean(0)).square().sum()
+    assert report.fvu == pytest.approx(float(rest), rel=1e-4)
+    assert torch.allclose(10**report.log_densities, (active > 0).double().mean(0).float(), atol=1.1 / 1500)
+    energy = active.square().sum(0) / centred.square().sum()
+    assert torch.allclose(directions.scores, energy[report.kept].float(), rtol=1e-3, atol=1e-5)
+
+
 def test_report_and_directions_agree() -> None:
     _, vectors = sparse(count=600)
     directions, report = train_sae(gradients(vectors), latents=60, k=3, epochs=40, density_range=(-2.0, -0.5))
@@ -62,6 +179,22 @@ def test_the_seed_decides() -> None:
     assert one.vectors.shape != other.vectors.shape or not torch.allclose(one.vectors, other.vectors)
 
 
+def cancel(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+class Cancel:
+    """A check that counts its calls and cancels at one of them."""
+
+    def __init__(self, at: int = 0) -> None:
+        self.calls, self.at = 0, at
+
+    def __call__(self) -> None:
+        self.calls += 1
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("at", [1, 7, 20])
 def test_a_cancelled_training_resumes_exactly(at: int, tmp_path: Path) -> None:
     source, path = gradients(sparse(count=300)[1]), tmp_path / "sae.safetensors"
@@ -82,11 +215,183 @@ def test_a_cancelled_training_resumes_exactly(at: int, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_cancel_is_noticed_between_pieces_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = gradients(sparse(count=300)[1])
+    monkeypatch.setattr(sae, "_VALUES", 30 * 32)
+    monkeypatch.setattr(sae, "_WORK", 20 * 48 * 32)
+    check, at_steps = Cancel(), []
+    median = Cancel()
+    geometric_median(source.flat, 1, check=median)
+    assert median.calls == 10
+
+    train_sae(source, latents=48, epochs=5, on_step=lambda *_: at_steps.append(check.calls), check=check)
+    # The set-up goes through the ten pieces to look for what is not finite, to scale, and for the variance; and
+    # several times for the median.
+    assert at_steps[0] >= 50
+    # After the encoder, TopK, the decoder, the backward pass and its first part, and the clipping.
+    assert all(later - earlier >= 6 for earlier, later in pairwise(at_steps))
+    # The fifteen pieces of the report.
+    assert check.calls - at_steps[-1] == 15
+    before = Cancel()
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(source, latents=48, epochs=5, on_step=cancel, check=before)
+    kept = Cancel()
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(source, latents=48, epochs=5, on_step=cancel, check=kept, checkpoint=Path("/dev/null/sae"))
+    assert kept.calls - before.calls == 10
+
+
+def test_a_gradient_that_is_not_finite_is_named_whatever_the_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = sparse(count=300)[1]
+    vectors[217, 1, 3] = torch.inf
+    monkeypatch.setattr(sae, "_VALUES", 30 * 32)
+    with pytest.raises(ElrondError, match="Gradient 217 is not finite"):
+        train_sae(gradients(vectors))
+
+
+def test_a_training_cancelled_anywhere_resumes_exactly(tmp_path: Path) -> None:
+    # Few gradients for many latents: some die, so that their count of steps matters.
+    source, path = gradients(sparse(count=40)[1]), tmp_path / "sae.safetensors"
+    options = {"latents": 200, "k": 2, "epochs": 120, "learning_rate": 0.02}
+    counted = Cancel()
+    whole, expected = train_sae(source, **options, checkpoint=path, check=counted)
+    assert expected.dead > 0.1
+    for at in (1, 4, *range(counted.calls // 3, counted.calls // 3 + 8), *range(counted.calls - 12, counted.calls + 1)):
+        with pytest.raises(KeyboardInterrupt):
+            train_sae(source, **options, checkpoint=path, check=Cancel(at))
+        resumed, report = train_sae(source, **options, checkpoint=path)
+        assert torch.equal(resumed.vectors, whole.vectors)
+        assert torch.equal(report.losses, expected.losses) and report.fvu == expected.fvu
+
+
+def test_what_breaks_off_an_update_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, path = gradients(sparse(count=300)[1]), tmp_path / "sae.safetensors"
+    whole = train_sae(source, epochs=20)[0]
+
+    def ready(trainer: _Trainer) -> None:
+        update = trainer.adam.step
+
+        def step() -> None:
+            update()
+            if trainer.step == 13:
+                raise KeyboardInterrupt
+
+        trainer.adam.step = step
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        trainers(patch, ready)
+        train_sae(source, epochs=20, checkpoint=path)
+    seen: list[int] = []
+    resumed = train_sae(source, epochs=20, checkpoint=path, on_step=lambda step, *_: seen.append(step))[0]
+    # From the last of those that are written regularly.
+    assert seen[0] == 13 and torch.equal(resumed.vectors, whole.vectors)
+
+
+def test_a_checkpoint_is_written_ten_times(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "on demand" / "sae.safetensors"
+    seen = []
+
+    def look(step: int, *_: object) -> None:
+        if step >= 6:
+            with safe_open(path, "pt") as file:
+                seen.append(int(file.metadata()["step"]))
+
+    train_sae(gradients(sparse(count=300)[1]), epochs=60, checkpoint=path, on_step=look)
+    assert seen == [step // 6 * 6 for step in range(6, 61)]
+    assert not list(path.parent.iterdir())
+
+
+def test_another_range_of_densities_needs_no_training(tmp_path: Path) -> None:
+    source, path = gradients(sparse(count=300)[1]), tmp_path / "sae.safetensors"
+    with pytest.raises(ElrondError, match="widen the range"):
+        train_sae(source, epochs=25, density_range=(-9.0, -8.0), checkpoint=path)
+    found = train_sae(source, epochs=25, checkpoint=path, on_step=cancel)[0]
+    assert torch.equal(found.vectors, train_sae(source, epochs=25)[0].vectors)
+    assert not list(tmp_path.iterdir())
+
+
+def full_disk(tensors: dict, path: Path, *_: object) -> None:
+    path.write_bytes(b"a part of it")
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_what_cannot_be_kept_stops_nothing(full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = gradients(sparse(count=300)[1])
+    whole = train_sae(source, epochs=30)[0]
+    folder = tmp_path / "folder"
+    if full:
+        monkeypatch.setattr(sae, "save_file", full_disk)
+    else:
+        folder.write_text("a file")
+    said: list[str] = []
+    found = train_sae(source, epochs=30, checkpoint=folder / "sae", warn=said.append)[0]
+    assert torch.equal(found.vectors, whole.vectors)
+    (sentence,) = said
+    assert str(folder) in sentence and "it goes on" in sentence
+    assert ("No space left" in sentence) == full
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(source, epochs=30, checkpoint=folder / "sae", on_step=cancel)
+    assert not full or not list(folder.iterdir())
+
+
+def test_what_was_kept_stays_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, path = gradients(sparse(count=300)[1]), tmp_path / "sae.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(source, epochs=9, checkpoint=path, on_step=lambda step, *_: step < 4 or cancel())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sae, "save_file", full_disk)
+        train_sae(source, epochs=9, checkpoint=path, on_step=lambda step, *_: step < 7 or cancel())
+    seen: list[int] = []
+    train_sae(source, epochs=9, checkpoint=path, on_step=lambda step, *_: seen.append(step))
+    assert seen == [5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda tensors, metadata: tensors.pop("idle"),
+        lambda tensors, metadata: tensors.pop("second3"),
+        lambda tensors, metadata: tensors.update(more=torch.zeros(1)),
+        lambda tensors, metadata: tensors.update(first0=tensors["first0"][:-1].clone()),
+        lambda tensors, metadata: tensors.update(parameter1=tensors["parameter1"].double()),
+        lambda tensors, metadata: tensors["parameter2"].view(-1)[3:].fill_(torch.nan),
+        lambda tensors, metadata: tensors.update(losses=tensors["losses"][1:].clone()),
+        lambda tensors, metadata: metadata.pop("step"),
+        lambda tensors, metadata: metadata.update(step="four"),
+        lambda tensors, metadata: metadata.update(end="3"),
+        lambda tensors, metadata: metadata.update(end="10"),
+        lambda tensors, metadata: metadata.pop("identity"),
+    ],
+)
+def test_a_damaged_checkpoint_counts_as_none(damage: Callable[[dict, dict], Any], tmp_path: Path) -> None:
+    source, path = gradients(sparse(count=300)[1]), tmp_path / "sae.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(source, epochs=9, checkpoint=path, on_step=lambda step, *_: step < 4 or cancel())
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = dict(file.metadata())
+    damage(tensors, metadata)
+    save_file(tensors, path, metadata)
+    seen: list[int] = []
+    train_sae(source, epochs=9, checkpoint=path, on_step=lambda step, *_: seen.append(step))
+    assert seen == list(range(1, 10))
+
+
+@pytest.mark.parametrize("change", [torch.neg, lambda vectors: vectors.flip(0)])
+def test_a_checkpoint_of_gradients_with_the_same_sum_is_not_continued(
+    change: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path
+) -> None:
+    vectors, path = sparse(count=300)[1], tmp_path / "sae.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(gradients(vectors), epochs=9, checkpoint=path, on_step=lambda step, *_: step < 4 or cancel())
+    seen: list[int] = []
+    train_sae(gradients(change(vectors)), epochs=9, checkpoint=path, on_step=lambda step, *_: seen.append(step))
+    assert seen[0] == 1
+
+
 def test_a_checkpoint_of_something_else_is_not_continued(tmp_path: Path) -> None:
     source, path = gradients(sparse(count=300)[1]), tmp_path / "sae.safetensors"
-
-    def cancel(*_: object) -> None:
-        raise KeyboardInterrupt
 
     for content in (b"rubbish", None):
         if content:
@@ -98,13 +403,28 @@ def test_a_checkpoint_of_something_else_is_not_continued(tmp_path: Path) -> None
         assert torch.equal(again.vectors, train_sae(source, epochs=3, seed=2)[0].vectors)
 
 
-def test_stops_when_nothing_improves() -> None:
+def test_stops_when_nothing_improves(monkeypatch: pytest.MonkeyPatch) -> None:
     noise = torch.randn(64, 1, 8, generator=torch.Generator().manual_seed(0))
     # As many active latents as dimensions explain everything soon.
-    _, report = train_sae(gradients(noise), latents=32, k=16, epochs=3000, batch_size=64, patience=2)
-    assert report.stopped and len(report.losses) < 3000
+    options = {"latents": 32, "k": 16, "batch_size": 64}
+    seen: list[tuple[int, int]] = []
+    rate = rates(monkeypatch)
+    _, report = train_sae(
+        gradients(noise),
+        **options,
+        epochs=3000,
+        patience=2,
+        on_step=lambda step, steps, _: seen.append((step, steps)),
+    )
+    steps = len(report.losses)
+    assert report.stopped and steps < 3000
     assert "stopped early" in report.lines()[-1]
-    _, patient = train_sae(gradients(noise), latents=32, k=16, epochs=500, batch_size=64, patience=0)
+    # Whoever shows progress learns where it ends.
+    assert seen[0] == (1, 3000) and seen[-1] == (steps, steps)
+    # The rate falls as soon as FVU has stalled, over as many steps as ever.
+    assert all(each == 1e-3 for each in rate[90:-1200])
+    assert torch.allclose(torch.tensor(rate[-1200:]), 1e-3 * torch.arange(1200, 0, -1) / 1200)
+    _, patient = train_sae(gradients(noise), **options, epochs=500, patience=0)
     assert not patient.stopped and len(patient.losses) == 500
 
 
@@ -135,9 +455,9 @@ def test_losses_and_their_gradients_are_those_of_the_plain_formulas() -> None:
     whole = plain + _AUX_WEIGHT * (wanted - found).square().sum() / wanted.square().sum()
     whole.backward()
 
-    fvu, loss = trainer.loss(batch)
+    fvu, loss, idle = trainer.loss(batch)
     loss.backward()
-    assert dead.any() and torch.equal(trainer.idle > 9999, dead)
+    assert dead.any() and torch.equal(idle > 9999, dead)
     assert torch.allclose(fvu, plain) and torch.allclose(loss, whole)
     for parameter, other in zip(trainer.parameters, (encoder, encoder_bias, decoder, decoder_bias), strict=True):
         assert torch.allclose(parameter.grad, other.grad)
@@ -168,6 +488,11 @@ def test_geometric_median_shrugs_off_outliers() -> None:
         (torch.eye(4)[:, None], {"batch_size": 0}, "batch size must be at least 1"),
         (torch.eye(4)[:, None], {"density_range": (0.0, -5.0)}, "must go from low to high"),
         (torch.eye(4)[:, None], {"epochs": 1, "density_range": (-9.0, -8.0)}, "widen the range"),
+        (
+            sparse(count=300)[1],
+            {"epochs": 200, "learning_rate": 1.0},
+            "All 32 latents are dead.* lower the learning rate",
+        ),
     ],
 )
 def test_what_is_refused(vectors: torch.Tensor, options: dict, sentence: str) -> None:

@@ -1,5 +1,7 @@
 """Subspaces: angles against SciPy, the published measures, and what is shared."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -7,10 +9,8 @@ import torch
 
 from elrond_core.directions import Directions
 from elrond_core.errors import ElrondError
-from elrond_core.gradients import Gradients
-from elrond_core.moments import Moments
 from elrond_core.provenance import Provenance
-from elrond_core.subspace import compare, hallucination, orthonormal, principal_angles, reconstruction, variance_shares
+from elrond_core.subspace import compare, hallucination, orthonormal, principal_angles, reconstruction
 
 
 def random(count: int, seed: int, rows: int = 2, width: int = 10) -> torch.Tensor:
@@ -76,14 +76,69 @@ def test_the_same_directions_share_everything() -> None:
     assert result.reconstruction == pytest.approx(1) and result.hallucination == pytest.approx(0, abs=1e-9)
 
 
-def test_variance_shares() -> None:
-    vectors = torch.cat([3 * AXES[:1], -3 * AXES[:1], AXES[1:2], -AXES[1:2]])
-    zeros = torch.zeros(4, dtype=torch.int64)
-    source = Gradients(vectors, torch.ones(4), zeros, zeros, Provenance("SDXL"), torch.empty(0, 2, 10))
-    shares = variance_shares(directions(AXES[:3]), Moments.of(source))
-    assert shares.tolist() == pytest.approx([0.9, 0.1, 0])
-    with pytest.raises(ElrondError, match="Directions of 20 values do not fit moments of 4"):
-        variance_shares(directions(AXES[:3]), Moments.empty(1, 4, Provenance("SDXL")))
+def test_exclusive_directions_come_with_the_most_foreign_first() -> None:
+    def tilted(axis: int, other: int, degrees: float) -> torch.Tensor:
+        return AXES[axis] * np.cos(np.deg2rad(degrees)) + AXES[other] * np.sin(np.deg2rad(degrees))
+
+    # A spans axes 0 to 3; of B one direction is in it, two are 50 and 70 degrees out of it, and one has no partner.
+    a = directions(AXES[:4])
+    b = directions(torch.stack([tilted(1, 11, 50), AXES[0], tilted(2, 12, 70), AXES[13], AXES[14]]))
+    found = compare(a, b, limit=45)
+    assert found.angles.tolist() == pytest.approx([0, 50, 70, 90], abs=1e-3)
+    assert found.only_a is not None and found.only_b is not None
+    sine = np.sin(np.deg2rad([50, 70]))
+    assert found.only_a.scores.tolist() == pytest.approx([1, sine[1], sine[0]])
+    assert found.only_b.scores.tolist() == pytest.approx([1, 1, sine[1], sine[0]])
+    for ours, expected in ((found.only_a, AXES[[3, 2, 1]]), (found.only_b, b.vectors[[2, 0]])):
+        overlaps = (ours.vectors.flatten(1)[-len(expected) :] @ expected.flatten(1).T).abs()
+        assert torch.allclose(overlaps, torch.eye(len(expected)), atol=1e-5)
+    # Two without a partner have no order between them, but they are axes 13 and 14.
+    assert torch.allclose(found.only_b.vectors.flatten(1)[:2, [13, 14]].norm(dim=1), torch.ones(2), atol=1e-5)
+    assert [part.method["name"] for part in (found.shared, found.only_a, found.only_b)] == [
+        "pca, shared",
+        "pca, only in A",
+        "pca, only in B",
+    ]
+    swapped = compare(b, a, limit=45)
+    assert swapped.only_a.scores.tolist() == pytest.approx(found.only_b.scores.tolist())
+    assert swapped.only_b.scores.tolist() == pytest.approx(found.only_a.scores.tolist())
+    everything = torch.cat([found.shared.vectors, found.only_a.vectors, found.only_b.vectors])
+    assert len(orthonormal(everything)) == 8
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rounding_makes_nothing_exclusive_and_no_share_negative(seed: int) -> None:
+    one = directions(random(3, seed))
+    turned = directions(torch.einsum("ij,jrd->ird", random(3, seed + 100, 1, 3)[:, 0], one.vectors))
+    for other in (one, turned):
+        found = compare(one, other, limit=0)
+        assert found.only_a is None and found.only_b is None and len(found.shared) == 3
+        assert 0 <= found.hallucination < 1e-6 and 1 - 1e-6 < found.reconstruction <= 1
+        assert found.lines() == [
+            "shared directions: 3, only in A: 0, only in B: 0",
+            "reconstruction (of A by B): 1.00",
+            "hallucination (of B beside A): 0.00",
+            "principal angles: 0°, 0°, 0°",
+        ]
+
+
+def test_shares_stay_within_their_bounds() -> None:
+    basis = orthonormal(random(7, 0)) * (1 + 1e-15)
+    assert hallucination(basis, basis) == 0 and reconstruction(basis, basis) == 1
+
+
+def test_large_sets_are_compared_without_their_whole_singular_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    decompose = torch.linalg.svd
+
+    def counted(matrix: torch.Tensor, **options: bool) -> Any:
+        shapes.append((*matrix.shape, options["full_matrices"]))
+        return decompose(matrix, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", counted)
+    found = compare(directions(random(8, 0, 2, 40)), directions(random(60, 1, 2, 40)))
+    assert shapes == [(8, 60, False)]
+    assert len(found.only_b or ()) + len(found.shared or ()) == 60
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ space it bends through. The gradients towards one target, averaged over what was
 the others, as the concept's rows see them; in the coordinates of `elrond_core.response`, where a movement of the rows
 counts by the change it causes, the variance of the places along a component is that of the images along this change,
 in latent values. Components count along which the places vary by more than one latent value, and by more than what
-scatter among the gradients could make of Gaussian places (the edge of a Fisher matrix: Wachter, 1980); each counts
+scatter among the gradients could make of Gaussian places (Johnstone, 2008, for two covariances); each counts
 alike, however loud. If every realization is noised by itself, the places scatter with all that differs between one
 noised realization and another, most of all in distilled models, whose estimates look like images from the first step
 on. So compare a few noised realizations with all the others: what they answer is then the same for all places.
@@ -267,13 +267,17 @@ def _means(vectors: torch.Tensor, group: torch.Tensor, counts: torch.Tensor) -> 
 
 
 def _edge_by_chance(size: int, places: int, freedom: int) -> float:
-    """How many times its expectation, at most, the variance of Gaussian places of no signal is along any direction.
+    """How many times its expectation the variance of Gaussian places of no signal seldom is along any direction.
 
-    The upper edge of the eigenvalues of a Fisher matrix (Wachter, 1980), for covariances of that many values from that
-    many places and that many degrees of freedom, above which a signal is seen.
+    The largest root of two Wishart matrices of `size` values, one of so many places, the other of so many degrees of
+    freedom (Johnstone, 2008, "Multivariate analysis and Jacobi ensembles: largest eigenvalue, Tracy-Widom limits and
+    rates of convergence").
     """
-    above, below = size / places, size / freedom
-    return ((1 + math.sqrt(above + below - above * below)) / (1 - below)) ** 2
+    both = places - 1 + freedom - 1
+    fewer, more = (2 * math.asin(math.sqrt((of - 0.5) / both)) for of in (min(size, places - 1), max(size, places - 1)))
+    middle = 2 * math.log(math.tan((fewer + more) / 2))
+    width = (16 / both**2 / (math.sin(fewer + more) ** 2 * math.sin(fewer) * math.sin(more))) ** (1 / 3)
+    return math.exp(middle + width * float(_TRACY_WIDOM.ppf(1 - _RARE))) * freedom / (places - 1)
 
 
 def correlation_slope(distances: torch.Tensor) -> float:

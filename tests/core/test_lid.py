@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.linalg
 import skdim
 import torch
 
 from elrond_core.errors import ElrondError
 from elrond_core.gradients import Gradients
-from elrond_core.lid import correlation_slope, estimate_lid
+from elrond_core.lid import _edge_by_chance, correlation_slope, estimate_lid
 from elrond_core.moments import Moments
 from elrond_core.provenance import Provenance
 
@@ -148,7 +149,28 @@ def curved(ways: int, seed: int, realizations: int = 300, noise: float = 0.2) ->
     jacobian[:6] *= 100
     targets = torch.arange(8 * realizations) % realizations
     vectors = (images[targets] + noise * torch.randn(len(targets), images.shape[1], generator=g)) @ jacobian
-    return replace(gradients(vectors[:, None]), targets=targets)
+    return placed(vectors, targets, torch.randn(500, images.shape[1], generator=g) @ jacobian)
+
+
+def placed(vectors: torch.Tensor, targets: torch.Tensor, response: torch.Tensor) -> Gradients:
+    """Gradients (N, d) of as many noised realizations, with a response (M, d)."""
+    sources = torch.arange(len(targets))
+    return replace(gradients(vectors[:, None]), targets=targets, sources=sources, response=response[:, None])
+
+
+def crossed(noised: int, ways: int, seed: int, unsteady: float, realizations: int = 200) -> Gradients:
+    """Gradients of a few noised realizations compared with all others, each answering with a Jacobian of its own."""
+    g = torch.Generator().manual_seed(seed)
+    images = 8 * torch.rand(realizations, ways, generator=g) @ torch.eye(ways, 30)
+    mean = torch.linalg.qr(torch.randn(30, 30, generator=g))[0]
+    jacobians = mean + unsteady * torch.randn(noised, 30, 30, generator=g)
+    estimates = 300 * torch.randn(noised, 1, 30, generator=g)
+    vectors = (estimates - images) @ jacobians
+    response = torch.randn(noised, 40, 30, generator=g) @ jacobians
+    sources, targets = torch.arange(noised).repeat_interleave(realizations), torch.arange(realizations).repeat(noised)
+    others = sources != targets
+    found = placed(vectors.flatten(0, 1)[others], targets[others], response.flatten(0, 1))
+    return replace(found, sources=sources[others])
 
 
 @pytest.mark.parametrize("ways", [1, 2, 3])
@@ -166,8 +188,8 @@ def test_a_loud_way_does_not_hide_the_others() -> None:
     found = curved(3, 0)
     g = torch.Generator().manual_seed(3)
     skewed = torch.randn(found.vectors.shape[2], found.vectors.shape[2], generator=g) * torch.logspace(0, 1, 40)
-    again = replace(found, vectors=found.vectors @ skewed)
-    assert estimate_lid(again).dimension == pytest.approx(estimate_lid(found).dimension, rel=0.01)
+    again = replace(found, vectors=found.vectors @ skewed, response=found.response @ skewed)
+    assert estimate_lid(again).dimension == pytest.approx(estimate_lid(found).dimension, rel=0.05)
 
 
 def test_correlation_dimension_grows_with_the_ways_and_hardly_with_the_sample() -> None:
@@ -187,9 +209,9 @@ def test_correlation_dimension_agrees_with_an_independent_one() -> None:
     g = torch.Generator().manual_seed(0)
     places = torch.randn(400, 3, generator=g) @ torch.linalg.qr(torch.randn(30, 3, generator=g))[0].T
     targets = torch.arange(800) % 400
-    found = replace(gradients(places[targets][:, None]), targets=targets)
-    # Distances within which a point has 5 and 40 % of the others.
-    other = skdim.id.CorrInt(k1=20, k2=160).fit(places.numpy()).dimension_
+    found = placed(4 * places[targets], targets, torch.randn(300, 30, generator=g))
+    # Distances within which a point has 5 and 20 % of the others.
+    other = skdim.id.CorrInt(k1=20, k2=80).fit(places.numpy()).dimension_
     assert correlation_slope(torch.cdist(places, places)) == pytest.approx(other, rel=0.1)
     assert estimate_lid(found).correlation == pytest.approx(3, rel=0.15)
 
@@ -201,15 +223,65 @@ def test_correlation_dimension_of_points_of_known_dimension(size: int, normal: b
     points = torch.randn(200, size, generator=g) if normal else torch.rand(200, size, generator=g)
     places = 20 * points @ torch.linalg.qr(torch.randn(30, size, generator=g))[0].T
     targets = torch.arange(800) % 200
-    found = replace(gradients((places[targets] + 0.1 * torch.randn(800, 30, generator=g))[:, None]), targets=targets)
+    found = placed(
+        places[targets] + 0.1 * torch.randn(800, 30, generator=g), targets, torch.randn(300, 30, generator=g)
+    )
     assert estimate_lid(found).correlation == pytest.approx(size, rel=0.15)
+
+
+@pytest.mark.parametrize(("realizations", "repeats", "size"), [(300, 8, 64), (300, 2, 64), (100, 4, 200), (30, 2, 40)])
+def test_noise_alone_varies_in_no_way(realizations: int, repeats: int, size: int) -> None:
+    targets = torch.arange(realizations * repeats) % realizations
+    for seed in range(5):
+        g = torch.Generator().manual_seed(seed)
+        noise, response = torch.randn(len(targets), size, generator=g), torch.randn(400, size, generator=g)
+        report = estimate_lid(placed(10 * noise, targets, response))
+        assert report.dimension == 0 == report.correlation and report.correlation_interval == (0, 0)
+        assert "no more than chance" in report.lines()[0]
+        # Nor does what it is added to vary in more ways than it does.
+        noise[:, :1] += 10 * torch.rand(realizations, 1, generator=g)[targets]
+        assert estimate_lid(placed(10 * noise, targets, response)).dimension == pytest.approx(1, abs=0.5)
+
+
+def test_chance_reaches_its_edge_as_often_as_it_should() -> None:
+    g = torch.Generator().manual_seed(0)
+    for size, places, freedom in ((7, 30, 30), (40, 100, 400), (60, 40, 300)):
+        over = 0
+        for _ in range(200):
+            between, within = (
+                torch.randn(rows, size, generator=g, dtype=torch.float64).T.cov() for rows in (places, freedom + 1)
+            )
+            over += scipy.linalg.eigh(between, within, eigvals_only=True)[-1] > _edge_by_chance(size, places, freedom)
+        assert over <= 8
+
+
+@pytest.mark.parametrize("ways", [1, 2, 4])
+def test_a_few_noised_realizations_compared_with_all_others_tell_however_differently_they_answer(ways: int) -> None:
+    for seed in range(3):
+        assert estimate_lid(crossed(8, ways, seed, unsteady=0.1)).dimension == pytest.approx(ways, rel=0.25)
+
+
+def test_what_varies_by_less_than_a_latent_value_is_no_way() -> None:
+    found = crossed(4, 3, 0, unsteady=0)
+    assert estimate_lid(found).dimension == pytest.approx(3, rel=0.15)
+    # 8 wide and evenly drawn is a variance of 5.3.
+    faint = replace(found, vectors=found.vectors * 0.4)
+    assert estimate_lid(faint).dimension == 0
+
+
+def test_more_ways_than_can_be_told_apart_are_said_to_be_many() -> None:
+    g = torch.Generator().manual_seed(0)
+    targets = torch.arange(900) % 300
+    found = placed(20 * torch.randn(300, 100, generator=g)[targets], targets, torch.randn(400, 100, generator=g))
+    assert "40 or more" in estimate_lid(found).lines()[0]
 
 
 def test_too_few_gradients_towards_each_realization_leave_the_count_above_the_noise_floor() -> None:
     found = curved(2, 0)
     lonely = replace(found, targets=torch.arange(len(found)))
     few = replace(found, targets=found.targets % 20)
-    for report in (estimate_lid(lonely), estimate_lid(few)):
+    deaf = replace(found, response=found.response[:0])
+    for report in (estimate_lid(lonely), estimate_lid(few), estimate_lid(deaf)):
         assert report.correlation is None and report.dimension == report.estimate
         assert "30 realizations or more" in report.lines()[0]
 

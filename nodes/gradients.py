@@ -78,7 +78,8 @@ class CollectGradients(io.ComfyNode):
                     max=1024,
                     optional=True,
                     tooltip="Others that each noised realization is compared with. More share one forward pass, which "
-                    "makes a gradient faster, but gradients of one realization resemble each other.",
+                    "makes a gradient faster, but gradients of one realization resemble each other. Estimate LID wants "
+                    "all the others: the number of realizations less one.",
                 ),
                 io.String.Input(
                     "more_levels",

@@ -27,7 +27,7 @@ NAMES = ["complexity", "discover", "diversify", "steer"]
 # Counts under which every workflow takes seconds; a significance of 0 keeps directions that so few gradients hide.
 SMALL: dict[str, dict[str, Any]] = {
     "ElrondSampleRealizations": {"count": 24, "batch_size": 12, "steps": 2},
-    "ElrondCollectGradients": {"count": 48, "batch_size": 24},
+    "ElrondCollectGradients": {"count": 48, "batch_size": 24, "targets_per_realization": 1},
     "ElrondFitPCA": {"significance": 0.0, "most": 4},
     "ElrondFitResponse": {"significance": 0.0, "most": 4},
     "KSampler": {"steps": 2},

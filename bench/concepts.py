@@ -66,9 +66,7 @@ def collection(model: str, noun: str, crossed: bool = False) -> Gradients:
 
     Of random pairs; or, if `crossed`, of `NOISED` realizations that are compared with all others.
     """
-    # Other weights are another model.
-    weights = hashlib.blake2b((WEIGHTS / f"{model}.safetensors").read_bytes(), digest_size=6).hexdigest()
-    path = COLLECTIONS / weights / f"{model} {noun}{' crossed' if crossed else ''}.safetensors"
+    path = _folder(model) / f"{model} {noun}{' crossed' if crossed else ''}.safetensors"
     if path.is_file():
         return files.load_gradients(path)
     demo = Demo.load(model)
@@ -81,6 +79,11 @@ def collection(model: str, noun: str, crossed: bool = False) -> Gradients:
         gradients = collect(demo.model, positive, latents, *settings, targets_per_realization=others).args[0]
     files.save_gradients(gradients, path)
     return gradients
+
+
+def _folder(model: str) -> Path:
+    """Where what belongs to a model's weights is kept: other weights are another model."""
+    return COLLECTIONS / hashlib.blake2b((WEIGHTS / f"{model}.safetensors").read_bytes(), digest_size=6).hexdigest()
 
 
 def realizations(demo: Demo, noun: str) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -239,7 +242,7 @@ def purities() -> dict[str, Any]:
     Beside them `written`: the same pairs of words in the prompt, which is as purely as the model takes these words.
     """
     demo = Demo.load("teacher")
-    kept = COLLECTIONS / "purity.partial.json"
+    kept = _folder("teacher") / "purity.partial.json"
     found: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.is_file() else {}
     for noun in [noun for noun in reversed(NOUNS) if len(open_factors(noun)) >= SEVERAL and noun not in found]:
         gradients = collection("teacher", noun)

@@ -95,7 +95,7 @@ class Gradients:
             ElrondError: if there are none.
         """
         some = torch.tensor(list(levels), dtype=torch.float32)
-        kept, heard = torch.isin(self.sigma, some), torch.isin(self._response_levels(), some)
+        kept, heard = torch.isin(self.sigma, some), torch.isin(self.response_levels(), some)
         if not kept.any():
             raise ElrondError(f"There are no gradients of that noise level, only of {_listed(self.levels)}.")
         return Gradients(
@@ -143,10 +143,15 @@ class Gradients:
             here = self.sigma == level
             length = self.flat[here].double().square().sum(1).mean().sqrt().float()
             if length > 0:
-                scale[here], heard[self._response_levels() == level] = 1 / length, 1 / length
+                scale[here], heard[self.response_levels() == level] = 1 / length, 1 / length
         return replace(self, vectors=self.vectors * scale[:, None, None], response=self.response * heard[:, None, None])
 
-    def _response_levels(self) -> torch.Tensor:
+    def response_levels(self) -> torch.Tensor:
+        """Noise level of each response, float32, (M,).
+
+        Raises:
+            ElrondError: if there are several levels and the gradients do not say.
+        """
         if self.response_sigma is not None:
             return self.response_sigma
         if len(self.levels) > 1 and len(self.response):

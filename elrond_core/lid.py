@@ -35,7 +35,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -204,9 +204,9 @@ def correlation_dimension(gradients: Gradients, seed: int = 0) -> tuple[float, t
 
     The dimension of the cube whose evenly drawn points have the same `correlation_slope`. A realization's place is the
     mean of the gradients towards it, at the highest noise level collected, along the components that count (see above),
-    which are sought among the leading ones of the response, four gradients to each. Where a noised realization is
-    compared with eight others or more in a row, the mean of its gradients is taken from each first: it tells of that
-    one only. The interval comes from half-samples without replacement (a bootstrap would repeat places, at no
+    which are sought among the leading ones of `response.components`, four gradients to each. Where noised realizations
+    are compared with eight others or more on average, the mean of each one's gradients is taken from them first: it
+    tells of that one only. The interval comes from half-samples without replacement (a bootstrap would repeat places, at no
     distance); it does not hold what the choice of components may be off by.
 
     Returns:
@@ -228,12 +228,13 @@ def correlation_dimension(gradients: Gradients, seed: int = 0) -> tuple[float, t
         return None
     moves = components(gradients).moves[:, : max(1, freedom // 4)]
     vectors = gradients.flat
-    common = _means(vectors, noised, compared) if shared else vectors.new_zeros(1, vectors.shape[1]).double()
-    of = noised if shared else torch.zeros_like(noised)
-    means = _means(vectors, place, repeats) - _means(common[of], place, repeats)
+    common = torch.zeros(len(compared), vectors.shape[1], dtype=torch.float64)
+    if shared:
+        common = _means(vectors, common, noised, noised, compared)
+    means = _means(vectors, common, noised, place, repeats)
     scatter = torch.zeros(vectors.shape[1], vectors.shape[1], dtype=torch.float64)
-    for rows in torch.arange(len(vectors)).split(_BLOCK):
-        apart = vectors[rows] - common[of[rows]] - means[place[rows]]
+    for rows, own in _blocks(vectors, common, noised):
+        apart = own - means[place[rows]]
         scatter += apart.T @ apart
     means, repeats = means[enough] @ moves, repeats[enough]
     # Of a place, as far as it is chance.
@@ -258,11 +259,21 @@ def correlation_dimension(gradients: Gradients, seed: int = 0) -> tuple[float, t
     return value, (max(0.0, value - spread), value + spread)
 
 
-def _means(vectors: torch.Tensor, group: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Means (G, D), float64, of the vectors (N, D) of each group, by blocks."""
-    sums = torch.zeros(len(counts), vectors.shape[1], dtype=torch.float64)
+def _blocks(
+    vectors: torch.Tensor, common: torch.Tensor, noised: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Numbers of some vectors (N, D) at a time, and these, float64, less what is common to their noised realization."""
     for rows in torch.arange(len(vectors)).split(_BLOCK):
-        sums.index_add_(0, group[rows], vectors[rows].double())
+        yield rows, vectors[rows].double() - common[noised[rows]]
+
+
+def _means(
+    vectors: torch.Tensor, common: torch.Tensor, noised: torch.Tensor, group: torch.Tensor, counts: torch.Tensor
+) -> torch.Tensor:
+    """Means (G, D), float64, of the vectors of each group, as `_blocks` gives them."""
+    sums = torch.zeros(len(counts), vectors.shape[1], dtype=torch.float64)
+    for rows, own in _blocks(vectors, common, noised):
+        sums.index_add_(0, group[rows], own)
     return sums / counts[:, None]
 
 

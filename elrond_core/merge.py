@@ -85,7 +85,7 @@ def _both(first: Gradients, second: Gradients) -> Gradients:
     )
     if len(merged.levels) == 1 or not len(merged.response):
         return merged
-    return replace(merged, response_sigma=torch.cat([first._response_levels(), second._response_levels()]))
+    return replace(merged, response_sigma=torch.cat([first.response_levels(), second.response_levels()]))
 
 
 def _contents(gradients: Gradients) -> set[int]:

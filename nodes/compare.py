@@ -7,7 +7,8 @@ from comfy_api.latest import io
 from ..elrond_core import plots
 from ..elrond_core.directions import Directions
 from ..elrond_core.subspace import compare
-from .types import DirectionsIO, absent, image
+from . import host
+from .types import DirectionsIO, image
 
 
 class CompareDirections(io.ComfyNode):
@@ -58,9 +59,9 @@ class CompareDirections(io.ComfyNode):
         return io.NodeOutput(
             "\n".join(found.lines()),
             image(picture),
-            found.shared or absent(f"The two sets share no direction up to {limit:g} degrees."),
-            found.only_a or absent(f"The sample spans all of the reference up to {limit:g} degrees."),
-            found.only_b or absent(f"The reference spans all of the sample up to {limit:g} degrees."),
+            found.shared or host.absent(f"The two sets share no direction up to {limit:g} degrees."),
+            found.only_a or host.absent(f"The sample spans all of the reference up to {limit:g} degrees."),
+            found.only_b or host.absent(f"The reference spans all of the sample up to {limit:g} degrees."),
         )
 
 

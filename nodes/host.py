@@ -41,6 +41,7 @@ import folder_paths
 import latent_preview
 import torch
 import transformers
+from comfy_execution.graph import ExecutionBlocker
 
 from ..elrond_core import __version__, shards
 from ..elrond_core.checkpointing import Checkpointing, Footprint, SavedTensors, blocks_of, footprint
@@ -321,6 +322,11 @@ def progress(total: int, model: Any = None) -> Callable[..., None]:
         bar.update_absolute(done, total, picture)
 
     return update
+
+
+def absent(sentence: str) -> ExecutionBlocker:
+    """An output that there is none of: a node that is wired to it does not run, and the user reads why."""
+    return ExecutionBlocker(sentence)
 
 
 def stop_if_cancelled() -> None:

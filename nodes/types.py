@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from comfy_api.latest import io
-from comfy_execution.graph import ExecutionBlocker
 
 from ..elrond_core.errors import ElrondError
 
@@ -57,11 +56,6 @@ def check_guidance(cfg: float, has_negative: bool) -> None:
         raise ElrondError(f"The cfg must lie between 0 and 100, not at {cfg}.")
     if not has_negative and cfg not in (0.0, 1.0):
         raise ElrondError(f"A cfg of {cfg} needs a negative prompt: connect one, or set cfg to 1.")
-
-
-def absent(sentence: str) -> ExecutionBlocker:
-    """An output that there is none of: a node that is wired to it does not run, and the user reads why."""
-    return ExecutionBlocker(sentence)
 
 
 def image(picture: np.ndarray) -> torch.Tensor:

@@ -141,6 +141,24 @@ def test_one_forward_pass_serves_several_targets(realizations: torch.Tensor, tar
         assert len(set(found.targets[group].tolist())) == len(found.targets[group])
 
 
+@pytest.mark.parametrize("levels", [0.7, [0.7, 0.4]])
+@pytest.mark.parametrize("limit", [0, 1])
+def test_many_targets_take_several_probes(levels: float | list[float], limit: int) -> None:
+    realizations = torch.randn(20, *SHAPE, generator=torch.Generator().manual_seed(1))
+    model = Small(limit) if limit else Network()
+    # Three probes for every seventeen targets, and all of them although the last source has one target.
+    found = collect(model, realizations, HERE, 35, levels, 3, batch_size=2, response=True, targets=17)
+    assert len(found) == 35 and len(found.response) == 9
+    expected = [0.7] * 9 if levels == 0.7 else [0.7] * 3 + [0.4] * 3 + [0.7] * 3
+    if found.response_sigma is not None:
+        assert found.response_sigma.tolist() == pytest.approx(expected)
+    noise, probes = normal(SHAPE, 3, "noise", list(range(3))), normal(SHAPE, 3, "probe", list(range(9)))
+    for k in range(9):
+        source = realizations[found.sources[17 * (k // 3)]][None]
+        _, answer = gradient(Network(), source, source, noise[k // 3][None], expected[k], probes[k][None])
+        assert torch.allclose(found.response[k], answer[0], rtol=1e-5, atol=1e-9)
+
+
 class Small(Network):
     """Has memory for some samples only, and for more once it spares; runs out in the forward or the backward pass."""
 

@@ -240,7 +240,9 @@ def test_noise_alone_varies_in_no_way(realizations: int, repeats: int, size: int
         assert "no more than chance" in report.lines()[0]
         # Nor does what it is added to vary in more ways than it does.
         noise[:, :1] += 10 * torch.rand(realizations, 1, generator=g)[targets]
-        assert estimate_lid(placed(10 * noise, targets, response)).dimension == pytest.approx(1, abs=0.5)
+        assert estimate_lid(placed(10 * noise, targets, response)).dimension == pytest.approx(
+            1, abs=0.25 if realizations > 30 else 0.5
+        )
 
 
 def test_chance_reaches_its_edge_as_often_as_it_should() -> None:

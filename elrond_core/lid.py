@@ -206,8 +206,8 @@ def correlation_dimension(gradients: Gradients, seed: int = 0) -> tuple[float, t
     mean of the gradients towards it, at the highest noise level collected, along the components that count (see above),
     which are sought among the leading ones of `response.components`, four gradients to each. Where noised realizations
     are compared with eight others or more on average, the mean of each one's gradients is taken from them first: it
-    tells of that one only. The interval comes from half-samples without replacement (a bootstrap would repeat places, at no
-    distance); it does not hold what the choice of components may be off by.
+    tells of that one only. The interval comes from half-samples without replacement (a bootstrap would repeat places,
+    at no distance); it does not hold what the choice of components may be off by.
 
     Returns:
         The dimension, 0 if the places differ along no component, and its interval; or None without the response, or

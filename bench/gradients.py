@@ -2,9 +2,11 @@
 
     python -m bench.gradients memory     peak of a forward and a backward pass, by size, up to 1024² pixels
     python -m bench.gradients speed      against a plain version of the published procedure: same pairs, same numbers
+    python -m bench.gradients cards      the same gradients on graphics cards of less and less memory
 
-Both run on the processor, with the host's own network and VAE; seconds are the processor's own, which other programs
-beside them do not lengthen. Figures go to bench/results/gradients.json.
+With the host's own network and VAE, on the processor or, with ELROND_GPU=1, on the graphics card. A processor's seconds
+are its own, which other programs beside them do not lengthen. Figures go to bench/results/gradients.json, a graphics
+card's under its name.
 """
 
 from __future__ import annotations
@@ -23,31 +25,39 @@ from demo import host as demo_host
 
 # isort: split
 import comfy.ldm.models.autoencoder
+import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models
 import torch
 
 demo_host.pack()
-from comfyui_elrond.elrond_core.gradients import Differentiator, draw_pairs, gradient  # noqa: E402
+from comfyui_elrond.elrond_core.gradients import Differentiator, collect, draw_pairs, gradient  # noqa: E402
+from comfyui_elrond.elrond_core.provenance import Provenance  # noqa: E402
 from comfyui_elrond.elrond_core.seeding import normal  # noqa: E402
 from comfyui_elrond.elrond_core.tokens import Concept  # noqa: E402
 from comfyui_elrond.nodes import host  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "gradients.json"
 README = Path(__file__).parents[1] / "README.md"
-CPU = torch.device("cpu")
+CPU, DEVICE = torch.device("cpu"), comfy.model_management.get_torch_device()
+ON_GPU = DEVICE.type == "cuda"
 TOKENS, WIDTH, POOLED, ROW = 77, 2048, 1280, 3
 # Latents a side; the last is 1024² pixels, and is not fitted.
 FITTED, WANTED = (32, 48, 64), 128
 # Of the comparison: latents a side, images, pairs, how many of these have a noised image in common, and how many of
 # those the pack serves with one forward pass.
-SIDE, IMAGES, PAIRS, COMMON, SHARED = 64, 9, 8, 8, (1, 4, 8)
+SIDE, IMAGES, PAIRS, COMMON, SHARED = 128 if ON_GPU else 64, 9, 8, 8, (1, 4, 8)
+# GiB that are free on cards, and images at once.
+CARDS, BATCHES = (24, 12, 8, 6, 4), (1, 4)
 
 
 def keep(**figures: Any) -> None:
     """Add to the results, beside what others have put there."""
     before = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    if ON_GPU:
+        name = torch.cuda.get_device_name(DEVICE)
+        figures = {name: {**before.get(name, {}), **figures}}
     RESULTS.write_text(json.dumps({**before, **figures}, indent=1, sort_keys=True) + "\n")
 
 
@@ -59,19 +69,30 @@ def families() -> int:
 
 def machine() -> str:
     """What the figures were measured on."""
+    if ON_GPU:
+        return f"{torch.cuda.get_device_name(DEVICE)}, torch {torch.__version__}"
     kind = f"{platform.processor() or platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return f"{kind}, threads: {torch.get_num_threads()}, torch {torch.__version__}"
 
 
+def clock() -> float:
+    """Seconds of the processor's own, or of the graphics card when all its work is done."""
+    if not ON_GPU:
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def fill(module: torch.nn.Module) -> torch.nn.Module:
     """Random weights that keep activations at about their size."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     for name, weight in module.named_parameters():
         weight.requires_grad_(False)
         if weight.ndim > 1:
-            weight.normal_(0, weight[0].numel() ** -0.5, generator=generator)
+            mean, deviation = 0.0, weight[0].numel() ** -0.5
         else:
-            weight.normal_(0.0 if name.endswith("bias") else 1.0, 0.1, generator=generator)
+            mean, deviation = 0.0 if name.endswith("bias") else 1.0, 0.1
+        weight.copy_(torch.empty_like(weight, device=DEVICE).normal_(mean, deviation, generator=generator))
     return module
 
 
@@ -100,7 +121,7 @@ def sdxl() -> Any:
     fill(model.diffusion_model)
     count = sum(weight.numel() for weight in model.diffusion_model.parameters())
     print(f"SDXL: {count:,} parameters, {count * 2 / 2**30:.2f} GiB")
-    return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
+    return comfy.model_patcher.ModelPatcher(model, load_device=DEVICE, offload_device=CPU)
 
 
 def prompt(side: int) -> Any:
@@ -112,6 +133,11 @@ def prompt(side: int) -> Any:
 
 def peak(work: Callable[[], object]) -> int:
     """Bytes that are allocated at most while `work` runs, beyond those from before, by the allocator's own record."""
+    if ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as record:
@@ -125,13 +151,14 @@ def check_peak() -> None:
     """The measure, where the answer is known."""
 
     def work() -> None:
-        a = torch.ones(1000, 1000)
+        a = torch.ones(1000, 1000, device=DEVICE)
         b = a.exp()
         del a
         c = b.softmax(0)
         del b, c
 
-    assert peak(work) == 8_000_000, "The allocator's record does not add up."
+    # A graphics card's allocator rounds up.
+    assert 0 <= peak(work) - 8_000_000 < 2048, "The allocator's record does not add up."
 
 
 def memory() -> None:
@@ -142,17 +169,17 @@ def memory() -> None:
     found: dict[bool, dict[int, float]] = {False: {}, True: {}}
     print("   side  activations  peak GiB  estimate GiB  seconds")
     for side in (*FITTED, WANTED):
-        # What is not checkpointed is fitted only.
-        for recomputes in (False, True) if side != WANTED else (True,):
+        # On the processor, what is not checkpointed is fitted only: it would take a quarter of an hour.
+        for recomputes in (False, True) if side != WANTED or ON_GPU else (True,):
 
             def work(denoiser: host.HostDenoiser, latents: torch.Tensor, recomputes: bool = recomputes) -> Any:
                 noise = normal(tuple(latents.shape[1:]), 0, "noise", [0])
                 rows = denoiser.rows[None].clone().requires_grad_(True)
                 denoiser.make_room(denoiser.noised(latents[:1], noise, sigma), sigma, rows)
                 denoiser.recomputes = recomputes
-                started = time.process_time()
+                started = clock()
                 highest = peak(lambda: gradient(denoiser, latents[:1], latents[1:], noise, sigma))
-                took = time.process_time() - started
+                took = clock() - started
                 assert denoiser.recomputes is recomputes
                 return highest, (denoiser.footprint.plain, denoiser.footprint.checkpointed), took
 
@@ -163,6 +190,12 @@ def memory() -> None:
             print(
                 f"{side:7} {kind:>12} {highest / 2**30:9.3f} {needs[recomputes] / 2**30:13.3f} {took:8.1f}", flush=True
             )
+    if ON_GPU:
+        keep(
+            sdxl_activation_gib_1024=round(found[True][WANTED], 3),
+            sdxl_activation_gib_1024_kept=round(found[False][WANTED], 3),
+        )
+        return
     fitted = {}
     for recomputes, peaks in found.items():
         coefficients = np.polyfit([side**2 for side in FITTED], [peaks[side] for side in FITTED], 2)
@@ -191,11 +224,11 @@ class Timed:
 
     def denoised(self, noisy: torch.Tensor, sigma: float, rows: torch.Tensor) -> torch.Tensor:
         """As the denoiser's."""
-        started = time.process_time()
+        started = clock()
         try:
             return self._denoiser.denoised(noisy, sigma, rows)
         finally:
-            self.forward += time.process_time() - started
+            self.forward += clock() - started
 
 
 def autoencoder() -> Any:
@@ -203,7 +236,7 @@ def autoencoder() -> Any:
     layers = {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}
     shape = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3}
     weights = fill(comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig={**layers, **shape}, embed_dim=4))
-    return comfy.sd.VAE(sd=weights.state_dict(), device=CPU, dtype=torch.bfloat16)
+    return comfy.sd.VAE(sd=weights.state_dict(), device=DEVICE, dtype=torch.bfloat16)
 
 
 def published(
@@ -223,25 +256,25 @@ def published(
     """
     ((rows, options),) = prompt(SIDE)
     inner = model.model
-    level = torch.tensor([host.sigma_of(model, 1.0)])
+    level = torch.tensor([host.sigma_of(model, 1.0)], device=DEVICE)
     found, spent = [], dict.fromkeys(("encode", "forward", "backward", "rest"), 0.0)
     for (a, b), eps in zip(pairs.tolist(), noise, strict=True):
-        marks = [time.process_time()]
-        source, target = (inner.process_latent_in(vae.encode(images[i : i + 1])) for i in (a, b))
-        marks.append(time.process_time())
-        noisy = inner.model_sampling.noise_scaling(level, eps[None].clone(), source, False)
+        marks = [clock()]
+        source, target = (inner.process_latent_in(vae.encode(images[i : i + 1]).to(DEVICE)) for i in (a, b))
+        marks.append(clock())
+        noisy = inner.model_sampling.noise_scaling(level, eps[None].to(DEVICE, copy=True), source, False)
         pooled = {key: value for key, value in options.items() if key != host.MARK}
-        vector = inner.encode_adm(**pooled, device=CPU)
-        context = rows.clone().requires_grad_(True)
-        marks.append(time.process_time())
+        vector = inner.encode_adm(**pooled, device=DEVICE)
+        context = rows.to(DEVICE, copy=True).requires_grad_(True)
+        marks.append(clock())
         with torch.enable_grad():
             estimate = inner.apply_model(noisy, level, c_crossattn=context, y=vector)
             loss = (estimate - target).square().mean()
-        marks.append(time.process_time())
+        marks.append(clock())
         loss.backward()
         assert context.grad is not None
-        found.append(context.grad[0, ROW : ROW + 1])
-        marks.append(time.process_time())
+        found.append(context.grad[0, ROW : ROW + 1].cpu())
+        marks.append(clock())
         for name, seconds in zip(("encode", "rest", "forward", "backward"), np.diff(marks), strict=True):
             spent[name] += seconds
     return torch.stack(found), spent
@@ -258,14 +291,15 @@ def ours(
         differentiate = Differentiator(timed)
         sigma = host.sigma_of(model, 1.0)
         # Once a collection: how much memory backward passes need, by one more forward pass.
-        denoiser.make_room(realizations[:1], sigma, denoiser.rows[None].clone().requires_grad_(True))
-        started = time.process_time()
+        noisy = denoiser.noised(realizations[:1], noise[:1], sigma)
+        denoiser.make_room(noisy, sigma, denoiser.rows[None].to(DEVICE, copy=True).requires_grad_(True))
+        started = clock()
         for first in range(0, len(pairs), shared):
             a, b = pairs[first : first + shared].unbind(1)
             vectors, _ = differentiate(realizations[a[:1]], realizations[b][:, None], noise[first : first + 1], sigma)
             found.append(vectors[:, 0])
         spent["forward"] = timed.forward
-        spent["backward"] = time.process_time() - started - timed.forward
+        spent["backward"] = clock() - started - timed.forward
         return torch.cat(found)
 
     return host.visit(model, prompt(SIDE), None, 1.0, latents, 0, work), spent
@@ -277,11 +311,12 @@ def speed() -> None:
     images = torch.rand(IMAGES, 8 * SIDE, 8 * SIDE, 3, generator=torch.Generator().manual_seed(0))
     pairs = draw_pairs(PAIRS, IMAGES, 0, COMMON)
     noise = normal((4, SIDE, SIDE), 0, "noise", [i // COMMON for i in range(PAIRS)])
-    started = time.process_time()
-    latents = torch.cat([vae.encode(images[i : i + 1]) for i in range(IMAGES)])
-    encoding = time.process_time() - started
+    comfy.model_management.load_models_gpu([model])
     # Memory is handed out for the first time, and kernels are chosen.
     published(model, vae, images, pairs[:1], noise[:1])
+    started = clock()
+    latents = torch.cat([vae.encode(images[i : i + 1]) for i in range(IMAGES)])
+    encoding = clock() - started
     expected, plain = published(model, vae, images, pairs, noise)
     report("published", plain)
     figures: dict[str, float] = {}
@@ -296,7 +331,8 @@ def speed() -> None:
             f"{sum(plain.values()) / (total + encoding):.2f} times where every image is encoded once; "
             f"largest relative difference of a gradient {error:.1e}"
         )
-        assert error < torch.finfo(torch.bfloat16).eps, "The two do not compute the same."
+        # A graphics card sums in another order each time, in bfloat16.
+        assert error < (8 if ON_GPU else 1) * torch.finfo(torch.bfloat16).eps, "The two do not compute the same."
     figures["speedup_same_pairs"] = max(figures.values())
     keep(**figures)
 
@@ -307,12 +343,55 @@ def report(name: str, spent: dict[str, float]) -> None:
     print(f"{name}: {sum(spent.values()) / PAIRS:.2f} s a gradient ({parts})", flush=True)
 
 
+def cards() -> None:
+    """Gradients of 1024² pixels where only so much of the card is free, against those where all of it is."""
+    model, manager = sdxl(), comfy.model_management
+    latents = normal((4, WANTED, WANTED), 0, "latents", list(range(IMAGES)))
+    sigma = host.sigma_of(model, 1.0)
+    figures, expected = {}, None
+    print("GiB free  batch  recomputed  peak GiB  seconds a gradient  relative difference")
+    for gib in (None, *CARDS):
+        for batch in BATCHES:
+            manager.unload_all_models()
+            manager.soft_empty_cache()
+            free, _ = torch.cuda.mem_get_info()
+            taken = max(0, free - gib * 2**30) if gib else 0
+            ballast = torch.empty(taken, dtype=torch.uint8, device=DEVICE)
+            torch.cuda.reset_peak_memory_stats()
+            seen = []
+
+            def work(
+                denoiser: host.HostDenoiser, latents: torch.Tensor, batch: int = batch, seen: list[bool] = seen
+            ) -> torch.Tensor:
+                found = collect(denoiser, latents, Provenance("SDXL"), max(BATCHES), sigma, 0, batch, response=False)
+                seen.append(denoiser.recomputes)
+                return found.flat
+
+            started = clock()
+            vectors = host.visit(model, prompt(WANTED), None, 1.0, latents, 0, work)
+            took = (clock() - started) / max(BATCHES)
+            highest = (torch.cuda.max_memory_reserved() - ballast.numel()) / 2**30
+            expected = vectors if expected is None else expected
+            error = float(((vectors - expected).norm(dim=1) / expected.norm(dim=1)).max())
+            print(f"{gib or 'all':>8} {batch:6} {seen[0]!s:>11} {highest:9.2f} {took:19.2f} {error:20.1e}", flush=True)
+            figures[f"{gib or 'all'} GiB, batch {batch}"] = {
+                "gib": round(highest, 2),
+                "recomputed": seen[0],
+                "error": error,
+            }
+            del ballast
+    keep(cards=figures)
+
+
 def main() -> None:
     """Run a part and keep its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("memory", "speed"))
+    parser.add_argument("part", choices=("memory", "speed", "cards"))
+    part = parser.parse_args().part
+    if part == "cards" and not ON_GPU:
+        parser.error("cards needs a graphics card: set ELROND_GPU=1.")
     with torch.no_grad():
-        {"memory": memory, "speed": speed}[parser.parse_args().part]()
+        {"memory": memory, "speed": speed, "cards": cards}[part]()
     keep(machine=machine(), families_proven=families())
 
 

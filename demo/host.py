@@ -23,6 +23,11 @@ def path() -> Path:
     return folder
 
 
+def on_gpu() -> bool:
+    """Whether the demo, the tests and the benchmarks run on the graphics card: if `ELROND_GPU` is set."""
+    return bool(os.environ.get("ELROND_GPU"))
+
+
 def pack() -> ModuleType:
     """The repository imported as the host imports it, as a package: its parts are `comfyui_elrond.nodes` and so on."""
     name = "comfyui_elrond"
@@ -46,7 +51,7 @@ def _prepare() -> None:
     comfy.options.enable_args_parsing(False)
     import comfy.cli_args
 
-    comfy.cli_args.args.cpu = True
+    comfy.cli_args.args.cpu = not on_gpu()
     comfy.cli_args.args.use_pytorch_cross_attention = True
 
 

@@ -68,7 +68,7 @@ class ServerError(RuntimeError):
 
 
 class Server:
-    """A ComfyUI server with this pack, on the processor and the loopback interface, for as long as the context lasts.
+    """A ComfyUI server with this pack, on the loopback interface, for as long as the context lasts.
 
     The host's own folder and its models stay untouched: the server gets a base folder of ours, which holds
     `models/`, `input/`, `temp/`, `user/` and a `custom_nodes/` with nothing but this pack.
@@ -180,7 +180,9 @@ class Server:
             "--user-directory": base / "user",
             "--database-url": f"sqlite:///{base / 'user' / 'comfyui.db'}",
         }
-        flags = ["--cpu", "--use-pytorch-cross-attention", "--disable-auto-launch", "--disable-api-nodes"]
+        flags = ["--use-pytorch-cross-attention", "--disable-auto-launch", "--disable-api-nodes"]
+        if not host.on_gpu():
+            flags.append("--cpu")
         pairs = [str(part) for pair in options.items() for part in pair]
         self._process = subprocess.Popen(
             [sys.executable, "-c", LAUNCHER, str(folder / "main.py"), *flags, *pairs, *self._extra],

@@ -883,11 +883,24 @@ def _normal_copies(module: torch.nn.Module) -> None:
         # Newer hosts leave these where the file has them, and only ever lend them.
         lent = ("weight", "bias") if hasattr(part, "_v") else ()
         for name, parameter in part._parameters.items():
-            if parameter is not None and parameter.is_inference() and name not in lent:
+            if parameter is not None and _of_inference(parameter) and name not in lent:
                 part._parameters[name] = torch.nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
         for name, buffer in part._buffers.items():
-            if buffer is not None and buffer.is_inference():
+            if buffer is not None and _of_inference(buffer):
                 part._buffers[name] = buffer.clone()
+
+
+def _of_inference(weight: torch.Tensor) -> bool:
+    """Whether a weight was created in inference mode, also if it was moved to another device outside of it.
+
+    Moved so, it says that it is a normal tensor, and yet has no version, which a backward pass asks for.
+    """
+    if weight.is_inference():
+        return True
+    try:
+        return weight._version < 0
+    except RuntimeError:
+        return True
 
 
 @contextlib.contextmanager

@@ -72,7 +72,8 @@ def error_of(family: Family, model: Any, positive: Any = None, negative: Any = N
         noisy = denoiser.noised(realizations[:1], random(*realizations[:1].shape, seed=5), sigma)
 
         def loss(rows: torch.Tensor) -> float:
-            return float(((denoiser.denoised(noisy, sigma, rows[None]) - realizations[1:]).double() ** 2).mean())
+            estimate = denoiser.denoised(noisy, sigma, rows[None].to(noisy))
+            return float(((estimate.cpu() - realizations[1:].cpu()).double() ** 2).mean())
 
         def slope(direction: torch.Tensor, step: float) -> float:
             return (loss(denoiser.rows + step * direction) - loss(denoiser.rows - step * direction)) / (2 * step)
@@ -102,7 +103,7 @@ def assert_view_is_the_sampler(family: Family, model: Any, positive: Any, negati
         def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> torch.Tensor:
             sigma = host.sigma_of(model, 1.0)
             noisy = denoiser.noised(realizations[:1], random(*realizations[:1].shape, seed=5), sigma)
-            return denoiser.denoised(noisy, sigma, denoiser.rows + by * change)
+            return denoiser.denoised(noisy, sigma, (denoiser.rows + by * change).to(noisy))
 
         return work
 
@@ -120,7 +121,7 @@ def assert_samples_of_a_batch_are_apart(family: Family, model: Any, positive: An
     def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> None:
         sigma = host.sigma_of(model, 1.0)
         noisy = denoiser.noised(realizations, random(*realizations.shape, seed=5), sigma)
-        rows = torch.cat([denoiser.rows[None], denoiser.rows + change])
+        rows = torch.cat([denoiser.rows[None], denoiser.rows + change]).to(noisy)
         both = denoiser.denoised(noisy, sigma, rows)
         for i in range(2):
             alone = denoiser.denoised(noisy[i : i + 1], sigma, rows[i : i + 1])
@@ -210,6 +211,20 @@ def test_model_sampling_patches(family: Family, patch: Callable[[Any], Any]) -> 
     assert error_of(family, patched) < 1e-3
     # A flow's highest level is 1 whatever its shift.
     assert not torch.allclose(gradient_of(family, patched, level=0.6), gradient_of(family, plain, level=0.6), rtol=0.1)
+
+
+def test_weights_that_were_moved_out_of_inference_mode() -> None:
+    """A loader makes weights in inference mode; moved to a graphics card outside of it, they have no version."""
+    with torch.inference_mode():
+        model = build(SD)
+    # As a move to another device does.
+    model.model.double()
+    model.model.float()
+    weight = next(model.model.diffusion_model.parameters())
+    assert not weight.is_inference()
+    with pytest.raises(RuntimeError, match="version counter"):
+        weight._version  # noqa: B018
+    assert torch.equal(gradient_of(SD, model), gradient_of(SD, build(SD)))
 
 
 def test_a_lora_counts_as_if_merged() -> None:
@@ -308,6 +323,9 @@ def test_an_attention_kernel_of_the_host_does_not_lose_the_gradient(
 
 @pytest.mark.parametrize("family", [SD, FLUX], ids=lambda family: family.name)
 @pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.skipif(
+    comfy.model_management.get_torch_device().type != "cpu", reason="raw memory is only had on the processor"
+)
 def test_weights_that_are_lent_in_memory_that_is_used_again(
     family: Family, recomputes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,7 +431,8 @@ def test_a_control_model_takes_part() -> None:
         generator = torch.Generator().manual_seed(1)
         for weight in network.state_dict().values():
             weight.copy_(torch.randn(weight.shape, generator=generator) / max(weight[0].numel(), 16) ** 0.5)
-        control = comfy.controlnet.ControlNet(network, load_device=torch.device("cpu"))
+        device = comfy.model_management.get_torch_device()
+        control = comfy.controlnet.ControlNet(network, load_device=device)
         control.set_cond_hint(random(1, 3, 64, 64, seed=14), 1.0)
         positive = [[t, {**o, "control": control}] for t, o in prompt(SD)]
     flags = [p.requires_grad for p in network.parameters()]

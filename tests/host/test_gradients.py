@@ -68,7 +68,8 @@ def test_gradient_equals_central_finite_differences(teacher: SimpleNamespace, no
         noisy = denoiser.noised(source, noise, sigma)
 
         def loss(rows: torch.Tensor) -> float:
-            return float(((denoiser.denoised(noisy, sigma, rows[None]) - target).double() ** 2).mean())
+            estimate = denoiser.denoised(noisy, sigma, rows[None].to(noisy)).to(target)
+            return float(((estimate - target).double() ** 2).mean())
 
         found = []
         for seed in range(4):
@@ -95,7 +96,8 @@ def test_step_against_the_gradient_lowers_the_loss(teacher: SimpleNamespace) -> 
         noisy = denoiser.noised(source, noise, 1.0)
         before = denoiser.rows.expand(8, -1, -1)
         after = before - 0.1 * vectors / vectors.norm(dim=(1, 2), keepdim=True)
-        losses = [((denoiser.denoised(noisy, 1.0, r) - target) ** 2).mean((1, 2, 3)) for r in (before, after)]
+        estimates = (denoiser.denoised(noisy, 1.0, rows.to(noisy)).to(target) for rows in (before, after))
+        losses = [((estimate - target) ** 2).mean((1, 2, 3)) for estimate in estimates]
         return losses[0], losses[1]
 
     before, after = host.visit(teacher.model, teacher.positive, None, 1.0, teacher.realizations["samples"], 0, work)
@@ -321,7 +323,8 @@ def test_feature_loss_equals_central_finite_differences(
             noisy = denoiser.noised(latents[:-1], noise, 1.0)
 
             def loss(rows: torch.Tensor) -> float:
-                return float(((denoiser.denoised(noisy, 1.0, rows) - compared[1:]).double() ** 2).mean(1).sum())
+                estimate = denoiser.denoised(noisy, 1.0, rows.to(noisy)).to(compared)
+                return float(((estimate - compared[1:]).double() ** 2).mean(1).sum())
 
             def slope(along: torch.Tensor, step: float) -> float:
                 return (loss(denoiser.rows + step * along) - loss(denoiser.rows - step * along)) / (2 * step)

@@ -30,6 +30,10 @@ def visit(family: Family, model: Any, work: Callable[..., Any]) -> Any:
     return host.visit(model, prompt(family), None, 1.0, latents(family), 0, work)
 
 
+def rows_of(denoiser: host.HostDenoiser, count: int = 1) -> torch.Tensor:
+    return denoiser.rows.to(denoiser.device).expand(count, -1, -1).clone().requires_grad_(True)
+
+
 def patched(model: Any) -> list[str]:
     """Modules with a forward pass that is not their class's."""
     return [name for name, part in model.model.diffusion_model.named_modules() if "forward" in vars(part)]
@@ -89,7 +93,7 @@ def test_room_is_made_by_need() -> None:
     model = build(SD)
 
     def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> list[bool]:
-        noisy, rows = realizations[:1], denoiser.rows[None].clone().requires_grad_(True)
+        noisy, rows = realizations[:1].to(denoiser.device), rows_of(denoiser)
         denoiser.make_room(noisy, 1.0, rows)
         found = [denoiser.recomputes]
         # The same sample again and again takes no memory, but a backward pass through so many would.
@@ -113,7 +117,7 @@ def test_the_host_is_told_how_much_room_is_needed(monkeypatch: pytest.MonkeyPatc
         load(models, memory_required=memory_required, minimum_memory_required=minimum_memory_required, **options)
 
     def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> tuple[int, int, int]:
-        rows = denoiser.rows.expand(2, -1, -1).clone().requires_grad_(True)
+        rows, realizations = rows_of(denoiser, 2), realizations.to(denoiser.device)
         with monkeypatch.context() as patch:
             patch.setattr(comfy.model_management, "load_models_gpu", watch)
             patch.setattr(comfy.model_management, "get_free_memory", lambda *_: 1)
@@ -161,7 +165,7 @@ def test_what_is_estimated_is_what_is_kept() -> None:
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        rows = denoiser.rows[None].clone().requires_grad_(True)
+        rows, realizations = rows_of(denoiser), realizations.to(denoiser.device)
         with torch.enable_grad():
             denoiser.make_room(realizations[:1], 1.0, rows)
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
@@ -189,7 +193,7 @@ def test_gradients_flow_from_the_conditioning_only(family: Family) -> None:
         depends.extend((args[0].requires_grad, out.requires_grad))
 
     def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> None:
-        rows = denoiser.rows[None].clone().requires_grad_(True)
+        rows, realizations = rows_of(denoiser), realizations.to(denoiser.device)
         denoiser.make_room(realizations[:1], 1.0, rows)
         hooks = [
             attention.register_forward_pre_hook(lambda *_: before.append(len(saved))),

@@ -74,7 +74,7 @@ _NEAR, _FAR = 0.05, 0.2
 _LEAST_TARGETS, _LEAST_REPEATS, _MOST_TARGETS, _HALVES = 30, 2, 2000, 50
 # Latent values by which the places vary along a component that counts; how many others a noised realization is compared
 # with where the mean of its gradients is taken away; and gradients at a time.
-_VARIES, _SHARED, _BLOCK = 1.0, 8, 4096
+_VARIES, _SHARED, _BLOCK = 1.0, 8, 512
 # Points in the cubes that a slope is compared with, and their highest dimension.
 _POINTS, _MOST = 500, 40
 
@@ -216,37 +216,13 @@ def correlation_dimension(gradients: Gradients, seed: int = 0) -> tuple[float, t
     Raises:
         ElrondError: if a gradient or response is not finite, or all are the same.
     """
-    if len(gradients.levels) > 1:
-        gradients = gradients.at_levels(gradients.levels[:1])
-    some, place, repeats = gradients.targets.unique(return_inverse=True, return_counts=True)
-    enough = repeats >= _LEAST_REPEATS
-    noised = torch.cat([gradients.sources.new_zeros(1), gradients.sources.diff().ne(0).cumsum(0)])
-    compared = noised.bincount()
-    shared = len(gradients) >= _SHARED * len(compared)
-    freedom = len(gradients) - len(some) - (len(compared) - 1 if shared else 0)
-    if not len(gradients.response) or int(enough.sum()) < _LEAST_TARGETS or freedom < 1:
+    found = _places(gradients)
+    if found is None:
         return None
-    moves = components(gradients).moves[:, : max(1, freedom // 4)]
-    vectors = gradients.flat
-    common = torch.zeros(len(compared), vectors.shape[1], dtype=torch.float64)
-    if shared:
-        common = _means(vectors, common, noised, noised, compared)
-    means = _means(vectors, common, noised, place, repeats)
-    scatter = torch.zeros(vectors.shape[1], vectors.shape[1], dtype=torch.float64)
-    for rows, own in _blocks(vectors, common, noised):
-        apart = own - means[place[rows]]
-        scatter += apart.T @ apart
-    means, repeats = means[enough] @ moves, repeats[enough]
-    # Of a place, as far as it is chance.
-    chance = moves.T @ scatter @ moves / freedom * (1 / repeats).mean()
-    draw = generator(seed, "correlation dimension")
-    varied, axes = descending(means.T.cov() - chance)
-    likely = (axes * (chance @ axes)).sum(0)
-    kept = (varied > _VARIES) & (varied > (_edge_by_chance(len(axes), len(means), freedom) - 1) * likely)
-    if not kept.any():
+    if not found.shape[1]:
         return 0.0, (0.0, 0.0)
-    means = means @ axes[:, kept]
-    means = means / means.std(0)
+    draw = generator(seed, "correlation dimension")
+    means = found / found.std(0)
     means = means[torch.randperm(len(means), generator=draw)[:_MOST_TARGETS]]
     distances = torch.cdist(means, means)
     value = box_dimension(distances)
@@ -259,22 +235,86 @@ def correlation_dimension(gradients: Gradients, seed: int = 0) -> tuple[float, t
     return value, (max(0.0, value - spread), value + spread)
 
 
-def _blocks(
-    vectors: torch.Tensor, common: torch.Tensor, noised: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Numbers of some vectors (N, D) at a time, and these, float64, less what is common to their noised realization."""
-    for rows in torch.arange(len(vectors)).split(_BLOCK):
-        yield rows, vectors[rows].double() - common[noised[rows]]
+def _places(gradients: Gradients) -> torch.Tensor | None:
+    """Places, float64 (G, V), of the G realizations compared often enough along the V components that count.
+
+    None where `correlation_dimension` is.
+    """
+    if len(gradients.levels) > 1:
+        gradients = gradients.at_levels(gradients.levels[:1])
+    compared = _Compared(gradients)
+    if not len(gradients.response) or int(compared.enough.sum()) < _LEAST_TARGETS or compared.freedom < 1:
+        return None
+    moves = components(gradients).moves[:, : max(1, compared.freedom // 4)]
+    compared.take_common()
+    variance, chance = _varied(compared, moves)
+    varied, axes = descending(variance)
+    likely = (chance @ axes).mul_(axes).sum(0)
+    edge = _edge_by_chance(len(axes), int(compared.enough.sum()), compared.freedom) - 1
+    kept = (varied > _VARIES) & (varied > edge * likely)
+    along = moves @ axes[:, kept]
+    return torch.cat([means[compared.enough[some]] @ along for some, means, _ in compared.means()])
 
 
-def _means(
-    vectors: torch.Tensor, common: torch.Tensor, noised: torch.Tensor, group: torch.Tensor, counts: torch.Tensor
-) -> torch.Tensor:
-    """Means (G, D), float64, of the vectors of each group, as `_blocks` gives them."""
-    sums = torch.zeros(len(counts), vectors.shape[1], dtype=torch.float64)
-    for rows, own in _blocks(vectors, common, noised):
-        sums.index_add_(0, group[rows], own)
-    return sums / counts[:, None]
+def _varied(compared: _Compared, moves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Covariance (K, K) of places along moves (D, K), less what of it is chance; and that."""
+    scatter = torch.zeros(len(moves), len(moves), dtype=torch.float64)
+    places = Moments.empty(1, moves.shape[1], compared.gradients.provenance)
+    for some, means, rows in compared.means():
+        for few in rows.split(_BLOCK):
+            apart = compared.own(few).sub_(means[compared.place[few] - some[0]])
+            scatter.addmm_(apart.T, apart)
+        places.add(means[compared.enough[some]] @ moves)
+    chance = moves.T @ scatter @ moves
+    chance *= (1 / compared.repeats[compared.enough]).mean() / compared.freedom
+    return places.covariance().sub_(chance), chance
+
+
+class _Compared:
+    """Gradients of one noise level by the realization that they lead to.
+
+    Every (D, D) in float64 counts at the sizes of real models, and so vectors are looked at a block at a time.
+
+    Attributes:
+        gradients: N of them.
+        place: int64, (N,): number of the realization that each leads to, among all that are led to.
+        repeats: int64, (T,): how many lead to each of these.
+        enough: bool, (T,): whether these are enough to tell its place.
+        freedom: degrees of freedom of the scatter about the places.
+    """
+
+    def __init__(self, gradients: Gradients) -> None:
+        self.gradients = gradients
+        some, self.place, self.repeats = gradients.targets.unique(return_inverse=True, return_counts=True)
+        self.enough = self.repeats >= _LEAST_REPEATS
+        self._noised = torch.cat([gradients.sources.new_zeros(1), gradients.sources.diff().ne(0).cumsum(0)])
+        self._noisings = self._noised.bincount()
+        self._shared = len(gradients) >= _SHARED * len(self._noisings)
+        self._common: torch.Tensor | None = None
+        self.freedom = len(gradients) - len(some) - (len(self._noisings) - 1 if self._shared else 0)
+
+    def take_common(self) -> None:
+        """Leave out of all vectors from now on what is common to those of a noised realization, if that is known."""
+        if self._shared:
+            self._common = self._means(torch.arange(len(self._noised)), self._noised, self._noisings)
+
+    def own(self, rows: torch.Tensor) -> torch.Tensor:
+        """The vectors of these numbers, float64 (len(rows), D), new in memory."""
+        vectors = self.gradients.flat[rows].double()
+        return vectors if self._common is None else vectors.sub_(self._common[self._noised[rows]])
+
+    def means(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Numbers of some realizations at a time, the means of their vectors, and the numbers of these."""
+        blocks = torch.arange(len(self.repeats)).split(_BLOCK)
+        order = self.place.argsort(stable=True).split([int(self.repeats[some].sum()) for some in blocks])
+        for some, rows in zip(blocks, order, strict=True):
+            yield some, self._means(rows, self.place[rows] - some[0], self.repeats[some]), rows
+
+    def _means(self, rows: torch.Tensor, group: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        sums = torch.zeros(len(counts), self.gradients.flat.shape[1], dtype=torch.float64)
+        for few, groups in zip(rows.split(_BLOCK), group.split(_BLOCK), strict=True):
+            sums.index_add_(0, groups, self.own(few))
+        return sums.div_(counts[:, None])
 
 
 def _edge_by_chance(size: int, places: int, freedom: int) -> float:

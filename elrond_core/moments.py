@@ -10,7 +10,8 @@ from .errors import ElrondError
 from .gradients import Gradients
 from .provenance import Provenance
 
-_BLOCK = 2048
+# Vectors of which copies in float64 are made at a time.
+BLOCK = 2048
 
 
 @dataclass
@@ -74,11 +75,10 @@ class Moments:
         if flat.shape[1] != self.size:
             raise ElrondError(f"These moments are of vectors of {self.size} values, and the batch has {flat.shape[1]}.")
         require_finite(flat, self.count)
-        for block in flat.split(_BLOCK):
-            values = block.double()
-            mean = values.mean(0)
-            centred = values - mean
-            self._combine(len(values), mean, centred.T @ centred)
+        for block in flat.split(BLOCK):
+            mean = block.mean(0, dtype=torch.float64)
+            centred = block - mean
+            self._combine(len(block), mean, centred.T @ centred)
 
     def merge(self, other: Moments) -> None:
         """Add all that `other` has seen; the two may come from different machines.
@@ -140,7 +140,8 @@ class Moments:
             return
         total = self.count + count
         shift = mean - self.mean
-        self.scatter = torch.addr(self.scatter + scatter, shift, shift, alpha=self.count * count / total)
+        # A new tensor, since the old one may be somebody else's too.
+        self.scatter = (self.scatter + scatter).addr_(shift, shift, alpha=self.count * count / total)
         self.mean = self.mean + shift * (count / total)
         self.count = total
         self.provenance = self.provenance.with_(count=total)
@@ -151,12 +152,21 @@ def _check_size(rows: int, width: int) -> None:
         raise ElrondError(f"Vectors have at least 1 x 1 values, and these would have {rows} x {width}.")
 
 
+def first_not_finite(vectors: torch.Tensor) -> int | None:
+    """The first of the vectors (N, …) with a value that is not finite, or None."""
+    for start in range(0, len(vectors), BLOCK):
+        finite = torch.isfinite(vectors[start : start + BLOCK].flatten(1)).all(1)
+        if not finite.all():
+            return start + int(finite.long().argmin())
+    return None
+
+
 def require_finite(vectors: torch.Tensor, first: int = 0) -> None:
     """Refuse vectors (N, …) that are not finite.
 
     Raises:
         ElrondError: naming the first bad row, counted from `first`.
     """
-    finite = torch.isfinite(vectors.flatten(1)).all(1)
-    if not finite.all():
-        raise ElrondError(f"Gradient {first + int(finite.long().argmin())} is not finite (NaN or infinity).")
+    bad = first_not_finite(vectors)
+    if bad is not None:
+        raise ElrondError(f"Gradient {first + bad} is not finite (NaN or infinity).")

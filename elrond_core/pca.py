@@ -88,9 +88,8 @@ def fit_pca(
 
     if isinstance(source, Gradients) and count < size:
         require_finite(source.flat)
-        values = source.flat.double()
-        mean = values.mean(0)
-        centred = values - mean
+        mean = source.flat.mean(0, dtype=torch.float64)
+        centred = source.flat - mean
         eigenvalues, left = descending(centred @ centred.T)
         eigenvalues = eigenvalues / (count - 1)
         rows, width = source.vectors.shape[1:]

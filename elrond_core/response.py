@@ -22,8 +22,9 @@ from sklearn.exceptions import ConvergenceWarning
 from .directions import Directions, fix_signs
 from .errors import ElrondError
 from .gradients import Gradients
-from .moments import Moments, require_finite
+from .moments import BLOCK, Moments, first_not_finite
 from .pca import Spectrum, check_options, cut, descending
+from .provenance import Provenance
 
 _RIDGES = torch.logspace(-6, 1, 57, dtype=torch.float64)
 
@@ -78,7 +79,7 @@ def fit_response(
     turned = rotate and spectrum.kept > 1
     if turned:
         deviations = scores.sqrt()
-        values = gradients.flat.double() @ moves
+        values = torch.cat([block.double() @ moves for block in gradients.flat.split(BLOCK)])
         turn = _independent((values - values.mean(0)) / deviations, seed)
         moves, scores = moves * deviations @ turn.T, turn.square() @ scores
         order = scores.argsort(descending=True)
@@ -116,6 +117,7 @@ class Components:
         ridge: as a share of the mean response.
         added: the same on the scale of M.
         metric: float64, (R·d, R·d): M with the ridge added.
+        covariance: float64, (R·d, R·d): C.
     """
 
     eigenvalues: torch.Tensor
@@ -123,50 +125,68 @@ class Components:
     ridge: float
     added: float
     metric: torch.Tensor
+    covariance: torch.Tensor
 
 
 def components(gradients: Gradients, ridge: float | None = None) -> Components:
     """All components of `fit_response`, which says what is refused."""
     if ridge is not None and not ridge > 0:
         raise ElrondError(f"The ridge must be above zero, got {ridge}.")
-    response = checked_response(gradients)
-    require_finite(gradients.flat)
-    metric = response.T @ response / len(response)
-    mean_response = float(metric.diagonal().mean())
+    check_response(gradients)
+    even, odd = halved(gradients.response)
+    share_of_odd = (len(gradients.response) // 2) / len(gradients.response)
+    mean_response = float(even.diagonal().lerp(odd.diagonal(), share_of_odd).mean())
     covariance = Moments.of(gradients).covariance()
     if mean_response == 0 or not covariance.any():
         raise ElrondError("All gradients or all responses are the same, so there is nothing to decompose.")
-    ridge = affordable_ridge(gradients) if ridge is None else ridge
+    ridge = affordable_ridge(even, odd, mean_response, gradients.provenance) if ridge is None else ridge
+    metric = even.lerp_(odd, share_of_odd)
+    del odd
     metric.diagonal().add_(ridge * mean_response)
     eigenvalues, moves = generalised(covariance, metric)
     count = min(len(gradients), len(metric))
-    return Components(eigenvalues[:count], moves[:, :count], ridge, ridge * mean_response, metric)
+    return Components(eigenvalues[:count], moves[:, :count], ridge, ridge * mean_response, metric, covariance)
 
 
 def generalised(covariance: torch.Tensor, metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues, descending, and eigenvectors v as columns of C v = λ M v, with vᵀMv = 1."""
     factor = torch.linalg.cholesky(metric)
-    half = torch.linalg.solve_triangular(factor, covariance, upper=False)
-    eigenvalues, vectors = descending(torch.linalg.solve_triangular(factor, half.T, upper=False))
+    white = torch.linalg.solve_triangular(factor, covariance, upper=False)
+    white = torch.linalg.solve_triangular(factor, white.T, upper=False)
+    eigenvalues, vectors = descending(white)
     return eigenvalues, torch.linalg.solve_triangular(factor.T, vectors, upper=True)
 
 
-def checked_response(gradients: Gradients) -> torch.Tensor:
-    """The response as float64 (M, R·d).
+def check_response(gradients: Gradients) -> None:
+    """Refuse a response that nothing can be told from.
 
     Raises:
         ElrondError: if it was not collected, is of fewer than two points, or is not finite.
     """
-    response = gradients.response.flatten(1).double()
-    if not len(response):
+    if not len(gradients.response):
         raise ElrondError("These gradients came without the model's response; collect them again with it.")
-    if len(response) < 2:
+    if len(gradients.response) < 2:
         raise ElrondError("A response needs at least 2 samples, got 1.")
-    finite = torch.isfinite(response).all(1)
-    if not finite.all():
-        row = int(finite.long().argmin())
-        raise ElrondError(f"The response is not finite (NaN or infinity) in row {row}; collect the gradients again.")
-    return response
+    bad = first_not_finite(gradients.response)
+    if bad is not None:
+        raise ElrondError(f"The response is not finite (NaN or infinity) in row {bad}; collect the gradients again.")
+
+
+def halved(response: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Second moments of either half of a response (M, …), M ≥ 2: of the first, third, … and of the second, fourth, ….
+
+    Returns:
+        float64 (D, D) each, D being the values of one response.
+    """
+    return _second_moment(response[0::2].flatten(1)), _second_moment(response[1::2].flatten(1))
+
+
+def _second_moment(vectors: torch.Tensor) -> torch.Tensor:
+    total = torch.zeros(vectors.shape[1], vectors.shape[1], dtype=torch.float64)
+    for block in vectors.split(BLOCK):
+        values = block.double()
+        total.addmm_(values.T, values)
+    return total.div_(len(vectors))
 
 
 def _independent(white: torch.Tensor, seed: int) -> torch.Tensor:
@@ -181,42 +201,45 @@ def _independent(white: torch.Tensor, seed: int) -> torch.Tensor:
     return left @ right
 
 
-def affordable_ridge(gradients: Gradients) -> float:
+def affordable_ridge(even: torch.Tensor, odd: torch.Tensor, mean_response: float, provenance: Provenance) -> float:
     """The ridge that leaves out what a token norm does not change.
 
     A movement of one token norm that changes the image by less than one latent value's own variation could steer
     nothing, so the ridge is the response of such a movement: 4 / (n² norm²) on the gradients' scale. Below the error
     of the response itself (`choose_ridge`) it would only fit noise, and is not lowered further.
 
+    Args:
+        even: float64 (D, D), of one half of the responses (`halved`).
+        odd: the same of the other half.
+        mean_response: mean square of all responses' values.
+        provenance: says n and the norm.
+
     Returns:
         The ridge as a share of the mean response; `choose_ridge` alone where n or the norm is not known.
-
-    Raises:
-        ElrondError: if the response was not collected or is not finite.
     """
-    response = checked_response(gradients)
-    likely = choose_ridge(response)
-    values, norm = gradients.provenance.latent_values, gradients.provenance.token_norm
+    likely = choose_ridge(even, odd)
+    values, norm = provenance.latent_values, provenance.token_norm
     if not values or not norm:
         return likely
-    return max(likely, 4 / (values * norm) ** 2 / float(response.square().mean()))
+    return max(likely, 4 / (values * norm) ** 2 / mean_response)
 
 
-def choose_ridge(response: torch.Tensor) -> float:
+def choose_ridge(even: torch.Tensor, odd: torch.Tensor) -> float:
     """The ridge under which responses held out are most likely.
 
-    Each half of the responses (M, D), float64, gives a covariance; with the ridge added, it is the covariance of a
-    Gaussian under which the other half has a likelihood. Too small a ridge trusts directions in which a half answers
-    little by chance, too large a one forgets that the model answers unevenly.
+    The second moment of either half of the responses, float64 (D, D) as from `halved`, with the ridge added, is the
+    covariance of a Gaussian under which the other half has a likelihood. Too small a ridge trusts directions in which
+    a half answers little by chance, too large a one forgets that the model answers unevenly.
 
     Returns:
         The ridge as a share of the mean response.
     """
-    halves = response[0::2], response[1::2]
-    loss = torch.zeros(len(_RIDGES), dtype=torch.float64)
-    for known, other in (halves, halves[::-1]):
-        values, vectors = descending(known.T @ known / len(known))
-        spread = (other @ vectors).square().mean(0)
-        damped = values[:, None] + _RIDGES * values.mean().clamp_min(1e-300)
-        loss += (damped.log() + spread[:, None] / damped).sum(0)
-    return float(_RIDGES[loss.argmin()])
+    return float(_RIDGES[(_unlikelihoods(even, odd) + _unlikelihoods(odd, even)).argmin()])
+
+
+def _unlikelihoods(known: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Twice the negative log-likelihood of a half given the other, up to a constant, under each of the ridges."""
+    values, vectors = descending(known)
+    spread = (other @ vectors).mul_(vectors).sum(0)
+    damped = values[:, None] + _RIDGES * values.mean().clamp_min(1e-300)
+    return (damped.log() + spread[:, None] / damped).sum(0)

@@ -189,6 +189,14 @@ def train_sae(
     return found
 
 
+def memory(gradients: Gradients, latents: int | None = None, batch_size: int = 512) -> int:
+    """Bytes that `train_sae` takes on its device: gradients, Adam's parameters, and a batch's activations."""
+    count, size = gradients.flat.shape
+    latents = size if latents is None else latents
+    # Weights, gradients and two moments of encoder and decoder; the gradients and a piece of them squared.
+    return 4 * (2 * count * size + 10 * latents * size + 8 * batch_size * (latents + size))
+
+
 def geometric_median(points: torch.Tensor, iterations: int = 50, check: Check = lambda: None) -> torch.Tensor:
     """The point of least summed distance to `points` (N, D), by Weiszfeld's algorithm; (D,).
 

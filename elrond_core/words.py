@@ -16,7 +16,6 @@ from .directions import Directions
 from .errors import ElrondError
 from .gradients import Gradients
 from .labels import word_moves
-from .moments import Moments
 from .pca import check_options
 from .response import components
 
@@ -64,7 +63,7 @@ def fit_words(
     check_options(significance, limit)
     moves = word_moves(gradients.vectors.shape[1], gradients.vectors.shape[2], bare, moved)
     parts = components(gradients, ridge)
-    variance = moves @ Moments.of(gradients).covariance() @ moves.T
+    variance = moves @ parts.covariance @ moves.T
     change = moves @ parts.metric @ moves.T
     values = gradients.provenance.latent_values
     tenth_of_change = 0.4 / values**2 if values else 0.0

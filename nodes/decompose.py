@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..elrond_core import plots
+from ..elrond_core import plots, sae
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.gradients import Gradients
 from ..elrond_core.pca import fit_pca
 from ..elrond_core.response import fit_response
-from ..elrond_core.sae import train_sae
 from . import host
 from .types import DirectionsIO, GradientsIO, image, seed_input, verdict
 
@@ -190,15 +189,16 @@ class TrainSAE(io.ComfyNode):
     ) -> io.NodeOutput:
         """Train with the host's progress bar."""
         update = host.progress(_PROGRESS)
+        device = host.training_device(sae.memory(gradients, latents or None))
         # Not the densities: with another range, a training that is done goes straight to its choice.
-        settings = (latents, k, epochs, learning_rate, seed)
+        settings = (latents, k, epochs, learning_rate, seed, device.type)
         # The executor's inference mode forbids training.
         with (
             host.kept_training(gradients.vectors, settings) as checkpoint,
             torch.inference_mode(False),
             torch.enable_grad(),
         ):
-            directions, report = train_sae(
+            directions, report = sae.train_sae(
                 gradients,
                 latents=latents or None,
                 k=k or None,
@@ -206,6 +206,7 @@ class TrainSAE(io.ComfyNode):
                 learning_rate=learning_rate,
                 density_range=(lowest_density, highest_density),
                 seed=seed,
+                device=device,
                 checkpoint=checkpoint,
                 # The number of steps falls when FVU stalls, and the bar's cannot change.
                 on_step=lambda step, steps, _: update(_PROGRESS * step / steps),

@@ -802,6 +802,16 @@ def open_shards(model: Any, *values: Any) -> shards.Shards | None:
     return shards.Shards(root, name, lambda sentence: logging.warning(f"ELROND: {sentence}"))
 
 
+def training_device(size: int) -> torch.device:
+    """Where to train what takes `size` bytes: a CUDA device, if it has room once models gave way, or the processor."""
+    device = comfy.model_management.get_torch_device()
+    if device.type == "cuda":
+        comfy.model_management.free_memory(size, device)
+        if comfy.model_management.get_free_memory(device) >= size:
+            return device
+    return torch.device("cpu")
+
+
 @contextlib.contextmanager
 def kept_training(*values: Any) -> Iterator[Path]:
     """A file in the output folder for the state of a training that everything in `values` determines.

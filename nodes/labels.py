@@ -14,7 +14,7 @@ from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.gradients import Gradients
 from ..elrond_core.provenance import Provenance
-from ..elrond_core.response import checked_response
+from ..elrond_core.response import check_response
 from ..elrond_core.tokens import find_concept, occurrences
 from ..elrond_core.words import fit_words
 from . import host
@@ -112,7 +112,7 @@ class FitWords(io.ComfyNode):
         """Encode the concept with each word before it, and pair the words."""
         tried = labels.words_of(words)
         # Before the words are encoded, which takes its time.
-        checked_response(gradients)
+        check_response(gradients)
         found = fit_words(
             gradients, tried, *_moved(clip, gradients.provenance, tried), significance=significance, limit=most
         )

@@ -22,10 +22,9 @@ if str(ROOT) not in sys.path:
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(os.cpu_count() or 1)
 if os.environ.get("ELROND_GPU"):
-    # Results are compared to the bit, and to what single precision leaves of them.
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    # Results are compared to the bit, and to what single precision leaves of them. Processes of tests inherit these.
+    os.environ.update(CUBLAS_WORKSPACE_CONFIG=":4096:8", NVIDIA_TF32_OVERRIDE="0")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from elrond_core.errors import ElrondError
 from elrond_core.gradients import Gradients
 from elrond_core.moments import Moments
 from elrond_core.provenance import Provenance
-from elrond_core.response import checked_response
+from elrond_core.response import check_response
 
 HERE = Provenance(
     family="SDXL",
@@ -144,7 +144,7 @@ def test_a_response_that_is_not_finite_is_named() -> None:
     numbers = torch.arange(5)
     source = Gradients(_sample(5), torch.ones(5), numbers, numbers + 1, HERE, response)
     with pytest.raises(ElrondError, match=r"The response is not finite \(NaN or infinity\) in row 6;"):
-        checked_response(source)
+        check_response(source)
 
 
 @pytest.mark.parametrize(

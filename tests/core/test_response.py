@@ -9,7 +9,7 @@ from elrond_core.errors import ElrondError
 from elrond_core.gradients import Gradients, collect
 from elrond_core.pca import fit_pca
 from elrond_core.provenance import Provenance
-from elrond_core.response import affordable_ridge, choose_ridge, fit_response
+from elrond_core.response import choose_ridge, components, fit_response, halved
 from elrond_core.subspace import orthonormal, principal_angles
 
 WIDTH, LATENTS = 8, 60
@@ -118,11 +118,11 @@ def test_what_a_token_norm_does_not_change_is_left_out(equals: Gradients) -> Non
     """The ridge is the response of a movement that changes the image by one latent value's variation in all."""
     for norm in (0.5, 4.0):
         provenance = equals.provenance.with_(token_norm=norm)
-        ridge = affordable_ridge(replace(equals, provenance=provenance))
+        ridge = components(replace(equals, provenance=provenance)).ridge
         mean = float(Linear().jacobian.square().sum()) / WIDTH
         assert ridge == pytest.approx(1 / norm**2 / mean, rel=0.1)
     unknown = replace(equals, provenance=equals.provenance.with_(latent_values=0))
-    assert affordable_ridge(unknown) == choose_ridge(equals.response.flatten(1).double())
+    assert components(unknown).ridge == choose_ridge(*halved(equals.response))
 
 
 def test_a_large_ridge_is_pca(gradients: Gradients) -> None:
@@ -148,7 +148,7 @@ def test_fewer_responses_than_dimensions(gradients: Gradients) -> None:
 def test_the_ridge_falls_with_the_sample() -> None:
     scale = 2.0 ** -torch.linspace(0, 5, 30)
     sample = torch.randn(3000, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * scale
-    ridges = [choose_ridge(sample[:count]) for count in (20, 100, 3000)]
+    ridges = [choose_ridge(*halved(sample[:count])) for count in (20, 100, 3000)]
     assert ridges[0] > ridges[1] > ridges[2]
 
 

@@ -181,6 +181,7 @@ def test_bad_input_is_one_sentence(nodes: dict[str, Any], teacher: SimpleNamespa
 LATENTS = {"samples": torch.randn(6, 24, 8, 8, generator=torch.Generator().manual_seed(2))}
 CRASH = """
 import os, signal, sys
+import tests.conftest
 from demo import host
 host.pack()
 import folder_paths, torch

@@ -1,5 +1,10 @@
 """Moments: streaming, merging and saving give what one pass over everything gives."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +14,7 @@ from elrond_core.moments import Moments
 from elrond_core.provenance import Provenance
 from elrond_core.response import check_response
 
+ROOT = Path(__file__).parents[2]
 HERE = Provenance(
     family="SDXL",
     prompt="a dog",
@@ -165,3 +171,50 @@ def test_a_response_that_is_not_finite_is_named() -> None:
 def test_what_is_refused(act, sentence: str) -> None:
     with pytest.raises(ElrondError, match=sentence):
         act(_moments())
+
+
+MEMORY = """
+import resource, sys
+sys.path.insert(0, "")
+import torch
+from elrond_core.gradients import Gradients
+from elrond_core.lid import estimate_lid
+from elrond_core.pca import fit_pca
+from elrond_core.provenance import Provenance
+from elrond_core.response import fit_response
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+def work(gradients):
+    fit_pca(gradients)
+    fit_response(gradients, rotate=True, limit=2)
+    estimate_lid(gradients)
+
+def made(vectors, response):
+    numbers = torch.arange(len(vectors))
+    pairs = numbers % 97, (7 * numbers + 1) % 100
+    return Gradients(vectors, torch.ones(len(vectors)), *pairs, Provenance("SDXL", latent_values=64), response)
+
+vectors, response = (torch.randn(60000, 1, 256, generator=torch.Generator().manual_seed(i)) for i in range(2))
+# Whatever is loaded and set up the first time.
+work(made(vectors[:5000], response[:5000]))
+before = peak()
+work(made(vectors, response))
+print(peak() - before, 8 * vectors.numel())
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="peak memory as POSIX tells it")
+def test_no_copy_of_all_vectors_is_made() -> None:
+    """What is decomposed takes no memory that grows with the number of vectors, beyond the vectors themselves."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    grown, copy = map(int, done.stdout.split())
+    assert grown < copy / 4

@@ -4,6 +4,7 @@
     python -m bench.concepts purity           purity on more concepts, beside that of the words themselves in the prompt
     python -m bench.concepts complexity       every concept's estimated dimension beside its number of open factors, and
                                               beside the dimension of its images by the factors measured in them
+    python -m bench.concepts held_out         the same estimate on other images and noise, which nothing was chosen on
 
 Collections are kept in bench/results/collections (not in the repository); figures go to bench/results/estimators.json.
 """
@@ -46,6 +47,8 @@ RESULTS = Path(__file__).parent / "results"
 COLLECTIONS = RESULTS / "collections"
 REALIZATIONS, GRADIENTS = 256, 2048
 NOISED = 8
+# Seeds of images and noise on which no choice of the dimension's rule was made.
+HELD_OUT = (1,)
 LEADING = 6
 SEEDS = 24
 STRENGTHS = np.linspace(-1, 1, 5)
@@ -61,21 +64,21 @@ MOVED = 0.5
 SPREAD, DIFFERENT = 12**-0.5, 2 / 3
 
 
-def collection(model: str, noun: str, crossed: bool = False) -> Gradients:
+def collection(model: str, noun: str, crossed: bool = False, seed: int = 0) -> Gradients:
     """Gradients of "a <noun>" with their response, by the nodes themselves; kept once made.
 
     Of random pairs; or, if `crossed`, of `NOISED` realizations that are compared with all others.
     """
-    path = _folder(model) / f"{model} {noun}{' crossed' if crossed else ''}.safetensors"
+    path = _folder(model) / f"{model} {noun}{' crossed' if crossed else ''}{f' {seed}' if seed else ''}.safetensors"
     if path.is_file():
         return files.load_gradients(path)
     demo = Demo.load(model)
-    positive, latents = realizations(demo, noun)
+    positive, latents = realizations(demo, noun, seed)
     with torch.inference_mode():
         collect = NODES["ElrondCollectGradients"].execute
         others = REALIZATIONS - 1 if crossed else 1
         count, batch = (NOISED * others, NOISED) if crossed else (GRADIENTS, 64)
-        settings = (count, 1.0, batch, 0, True)
+        settings = (count, 1.0, batch, seed, True)
         gradients = collect(demo.model, positive, latents, *settings, targets_per_realization=others).args[0]
     files.save_gradients(gradients, path)
     return gradients
@@ -86,12 +89,12 @@ def _folder(model: str) -> Path:
     return COLLECTIONS / hashlib.blake2b((WEIGHTS / f"{model}.safetensors").read_bytes(), digest_size=6).hexdigest()
 
 
-def realizations(demo: Demo, noun: str) -> tuple[Any, dict[str, torch.Tensor]]:
+def realizations(demo: Demo, noun: str, seed: int = 0) -> tuple[Any, dict[str, torch.Tensor]]:
     """The prompt "a <noun>", encoded, and the realizations that its gradients are collected from."""
     with torch.inference_mode():
         positive = NODES["ElrondEncodeConcept"].execute(demo.clip, f"a [{noun}]", "", 1).args[0]
         sample = NODES["ElrondSampleRealizations"].execute
-        settings = (64, 64, REALIZATIONS, 64, 0, demo.steps, demo.cfg, "euler", "simple")
+        settings = (64, 64, REALIZATIONS, 64, seed, demo.steps, demo.cfg, "euler", "simple")
         return positive, sample(demo.model, positive, *settings).args[0]
 
 
@@ -299,6 +302,18 @@ def complexity() -> dict[str, Any]:
     return figures
 
 
+def held_out() -> dict[str, Any]:
+    """The rank correlation of our estimate on collections of other seeds, by model and seed."""
+    truth = [len(open_factors(noun)) for noun in NOUNS]
+    figures: dict[str, Any] = {}
+    for model in ("teacher", "student"):
+        for seed in HELD_OUT:
+            found = [estimate_lid(collection(model, noun, True, seed)).dimension for noun in NOUNS]
+            figures[f"{model}, seed {seed}"] = _rank_correlation(truth, found)
+            print(model, seed, " ".join(f"{noun} {value:.1f}" for noun, value in zip(NOUNS, found, strict=True)))
+    return {"lid_spearman_demo_held_out": figures}
+
+
 def _rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
     """Spearman's, or None where one does not vary at all."""
     return float(spearmanr(a, b)[0]) if len(set(b)) > 1 else None
@@ -307,8 +322,9 @@ def _rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
 def main() -> None:
     """Run a part and keep its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("directions", "purity", "complexity"))
-    found = {"directions": directions, "purity": purities, "complexity": complexity}[parser.parse_args().part]()
+    parts = {"directions": directions, "purity": purities, "complexity": complexity, "held_out": held_out}
+    parser.add_argument("part", choices=parts)
+    found = parts[parser.parse_args().part]()
     path = RESULTS / "estimators.json"
     figures = {**(json.loads(path.read_text()) if path.is_file() else {}), **found}
     path.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")

@@ -48,7 +48,7 @@ COLLECTIONS = RESULTS / "collections"
 REALIZATIONS, GRADIENTS = 256, 2048
 NOISED = 8
 # Seeds of images and noise on which no choice of the dimension's rule was made.
-HELD_OUT = (1,)
+HELD_OUT = (1, 2, 3)
 LEADING = 6
 SEEDS = 24
 STRENGTHS = np.linspace(-1, 1, 5)

@@ -45,7 +45,7 @@ from scipy.stats import gamma
 
 from .errors import ElrondError
 from .gradients import Gradients
-from .moments import Moments
+from .moments import Moments, filled
 from .pca import descending, fit_pca
 from .response import components
 from .seeding import generator
@@ -253,7 +253,8 @@ def _places(gradients: Gradients) -> torch.Tensor | None:
     edge = _edge_by_chance(len(axes), int(compared.enough.sum()), compared.freedom) - 1
     kept = (varied > _VARIES) & (varied > edge * likely)
     along = moves @ axes[:, kept]
-    return torch.cat([means[compared.enough[some]] @ along for some, means, _ in compared.means()])
+    places = torch.empty(int(compared.enough.sum()), along.shape[1], dtype=torch.float64)
+    return filled(places, (means[compared.enough[some]] @ along for some, means, _ in compared.means()))
 
 
 def _varied(compared: _Compared, moves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -159,6 +160,19 @@ def first_not_finite(vectors: torch.Tensor) -> int | None:
         if not finite.all():
             return start + int(finite.long().argmin())
     return None
+
+
+def filled(whole: torch.Tensor, parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Parts one after another, as `torch.cat` puts them, in a tensor (N, …) that is there before them.
+
+    Small parts of large blocks that were kept until the last one is made could lie in what the blocks before left free,
+    so that no other fits in there, and memory grows as if all blocks were kept.
+    """
+    start = 0
+    for part in parts:
+        whole[start : start + len(part)] = part
+        start += len(part)
+    return whole
 
 
 def require_finite(vectors: torch.Tensor, first: int = 0) -> None:

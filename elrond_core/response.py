@@ -22,11 +22,12 @@ from sklearn.exceptions import ConvergenceWarning
 from .directions import Directions, fix_signs
 from .errors import ElrondError
 from .gradients import Gradients
-from .moments import BLOCK, Moments, first_not_finite
+from .moments import BLOCK, Moments, filled, first_not_finite
 from .pca import Spectrum, check_options, cut, descending
 from .provenance import Provenance
 
 _RIDGES = torch.logspace(-6, 1, 57, dtype=torch.float64)
+_SAME = "All gradients or all responses are the same, so there is nothing to decompose."
 
 
 def fit_response(
@@ -79,7 +80,8 @@ def fit_response(
     turned = rotate and spectrum.kept > 1
     if turned:
         deviations = scores.sqrt()
-        values = torch.cat([block.double() @ moves for block in gradients.flat.split(BLOCK)])
+        values = torch.empty(len(gradients), spectrum.kept, dtype=torch.float64)
+        values = filled(values, (block.double() @ moves for block in gradients.flat.split(BLOCK)))
         turn = _independent((values - values.mean(0)) / deviations, seed)
         moves, scores = moves * deviations @ turn.T, turn.square() @ scores
         order = scores.argsort(descending=True)
@@ -115,46 +117,43 @@ class Components:
         eigenvalues: float64, (P,): λ, descending, P = min(N, R·d).
         moves: float64, (R·d, P): v as columns, scaled so that vᵀ(M + ridge)v = 1.
         ridge: as a share of the mean response.
-        added: the same on the scale of M.
-        metric: float64, (R·d, R·d): M with the ridge added.
-        covariance: float64, (R·d, R·d): C.
+        factor: float64, (R·d, R·d): lower triangle L with L Lᵀ = M + ridge.
     """
 
     eigenvalues: torch.Tensor
     moves: torch.Tensor
     ridge: float
-    added: float
-    metric: torch.Tensor
-    covariance: torch.Tensor
+    factor: torch.Tensor
 
 
 def components(gradients: Gradients, ridge: float | None = None) -> Components:
     """All components of `fit_response`, which says what is refused."""
     if ridge is not None and not ridge > 0:
         raise ElrondError(f"The ridge must be above zero, got {ridge}.")
+    factor, ridge = _factor(gradients, ridge)
+    # Matrices this large are let go of as soon as they have been used.
+    white = torch.linalg.solve_triangular(factor, Moments.of(gradients).covariance(), upper=False)
+    if not white.any():
+        raise ElrondError(_SAME)
+    white = torch.linalg.solve_triangular(factor, white.T, upper=False)
+    eigenvalues, vectors = descending(white)
+    count = min(len(gradients), len(white))
+    moves = torch.linalg.solve_triangular(factor.T, vectors[:, :count], upper=True)
+    return Components(eigenvalues[:count], moves, ridge, factor)
+
+
+def _factor(gradients: Gradients, ridge: float | None) -> tuple[torch.Tensor, float]:
+    """`Components.factor`, and the ridge."""
     check_response(gradients)
     even, odd = halved(gradients.response)
     share_of_odd = (len(gradients.response) // 2) / len(gradients.response)
     mean_response = float(even.diagonal().lerp(odd.diagonal(), share_of_odd).mean())
-    covariance = Moments.of(gradients).covariance()
-    if mean_response == 0 or not covariance.any():
-        raise ElrondError("All gradients or all responses are the same, so there is nothing to decompose.")
+    if mean_response == 0:
+        raise ElrondError(_SAME)
     ridge = affordable_ridge(even, odd, mean_response, gradients.provenance) if ridge is None else ridge
     metric = even.lerp_(odd, share_of_odd)
-    del odd
     metric.diagonal().add_(ridge * mean_response)
-    eigenvalues, moves = generalised(covariance, metric)
-    count = min(len(gradients), len(metric))
-    return Components(eigenvalues[:count], moves[:, :count], ridge, ridge * mean_response, metric, covariance)
-
-
-def generalised(covariance: torch.Tensor, metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues, descending, and eigenvectors v as columns of C v = λ M v, with vᵀMv = 1."""
-    factor = torch.linalg.cholesky(metric)
-    white = torch.linalg.solve_triangular(factor, covariance, upper=False)
-    white = torch.linalg.solve_triangular(factor, white.T, upper=False)
-    eigenvalues, vectors = descending(white)
-    return eigenvalues, torch.linalg.solve_triangular(factor.T, vectors, upper=True)
+    return torch.linalg.cholesky(metric), ridge
 
 
 def check_response(gradients: Gradients) -> None:

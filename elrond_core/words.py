@@ -63,8 +63,11 @@ def fit_words(
     check_options(significance, limit)
     moves = word_moves(gradients.vectors.shape[1], gradients.vectors.shape[2], bare, moved)
     parts = components(gradients, ridge)
-    variance = moves @ parts.covariance @ moves.T
-    change = moves @ parts.metric @ moves.T
+    # Inner products of these are those of the moves under M + ridge, and their parts along the components are C's.
+    changes = moves @ parts.factor
+    change = changes @ changes.T
+    coordinates = changes @ parts.factor.T @ parts.moves
+    variance = coordinates * parts.eigenvalues @ coordinates.T
     values = gradients.provenance.latent_values
     tenth_of_change = 0.4 / values**2 if values else 0.0
     lengths = change.diagonal().clamp_min(torch.finfo(change.dtype).tiny).sqrt()
@@ -103,7 +106,7 @@ def fit_words(
     order = sorted(range(len(chosen)), key=lambda k: -scores[k])
     chosen, scores = [chosen[k] for k in order], [scores[k] for k in order]
     steps = torch.stack([moves[b] - moves[a] for a, b in chosen])
-    sizes = torch.stack([step @ parts.metric @ step for step in steps]).sqrt()
+    sizes = torch.stack([(changes[b] - changes[a]).norm() for a, b in chosen])
     lengths = steps.norm(dim=1)
     found = torch.tensor(scores, dtype=torch.float64)
     # As in `fit_response`.

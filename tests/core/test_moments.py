@@ -213,8 +213,9 @@ def test_no_copy_of_all_vectors_is_made() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # What is let go of goes back at once, whatever holes the allocator would otherwise leave.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
     )
     assert done.returncode == 0, done.stderr
     grown, copy = map(int, done.stdout.split())
-    assert grown < copy / 4
+    assert grown < copy / 8

@@ -3,6 +3,7 @@
     python -m bench.estimators sae            a known dictionary: atoms recovered, FVU, time
     python -m bench.estimators sae --peers    and the same of public implementations, if they are installed
     python -m bench.estimators lid            gradients of known rank: within 10 %, coverage, and what the others do
+    python -m bench.estimators memory         peak of a process that works on 30,000 gradients of 2,048 values
     python -m bench.estimators drift          ratios of the estimates to the rank over the number of gradients
     python -m bench.estimators summary        the figures of bench/results/estimators.json as text
 
@@ -16,6 +17,9 @@ import argparse
 import importlib
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +34,9 @@ from matplotlib.figure import Figure
 from elrond_core.gradients import Gradients
 from elrond_core.lid import edge_of_noise, estimate_lid
 from elrond_core.moments import Moments
+from elrond_core.pca import fit_pca
 from elrond_core.provenance import Provenance
+from elrond_core.response import fit_response
 from elrond_core.sae import train_sae
 
 RESULTS = Path(__file__).parent / "results" / "estimators.json"
@@ -386,6 +392,47 @@ def oracle_share(trials: list[tuple]) -> float:
     )
 
 
+# What is done to the gradients, and with how many responses.
+CASES: dict[str, tuple[Callable[[Gradients], object], int]] = {
+    "lid": (estimate_lid, 0),
+    "lid, 30,000 responses": (estimate_lid, 30_000),
+    "response directions, 30,000 responses": (fit_response, 30_000),
+    "pca": (fit_pca, 0),
+    "sae, one epoch": (lambda gradients: train_sae(gradients, epochs=1), 0),
+}
+
+
+def run_memory() -> None:
+    """Peak resident memory of a process of its own for each case, in 10⁹ bytes, Python and the libraries included."""
+    figures = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    figures["memory_gb"] = {}
+    for name in CASES:
+        call = f"from bench import estimators; estimators.print_peak({name!r})"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-c", call], env=environment, capture_output=True, text=True, check=True)
+        figures["memory_gb"][name] = float(done.stdout)
+        print(f"{name}: {figures['memory_gb'][name]:.2f} GB", flush=True)
+    RESULTS.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")
+
+
+def print_peak(name: str) -> None:
+    """Do the work of a case and print how much memory this process had at most, in 10⁹ bytes."""
+    import resource  # Not on every system.
+
+    work, responses = CASES[name]
+    count, width = 30_000, 2048
+    vectors, response = torch.empty(count, 1, width), torch.empty(responses, 1, width)
+    for seed, whole in enumerate((vectors, response)):
+        generator = torch.Generator().manual_seed(seed)
+        for block in whole.split(1000):
+            block.normal_(generator=generator).mul_(torch.linspace(2, 0.1, width))
+    draw = torch.Generator().manual_seed(2)
+    sources, targets = (torch.randint(0, 1000, (count,), generator=draw) for _ in range(2))
+    provenance = HERE.with_(latent_values=65536, token_norm=1.0)
+    work(Gradients(vectors, torch.ones(count), sources, targets, provenance, response))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9)
+
+
 def within(trial: tuple) -> bool:
     """Our estimate is within 10 % of the rank."""
     return abs(trial[5] - trial[2]) <= 0.1 * trial[2]
@@ -399,7 +446,7 @@ def covered(trial: tuple) -> bool:
 def main() -> None:
     """Run a part, then print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("sae", "lid", "drift", "summary"))
+    parser.add_argument("part", choices=("sae", "lid", "memory", "drift", "summary"))
     parser.add_argument("--peers", action="store_true", help="train the public implementations as well")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="widths of the grid to run")
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="numbers of gradients of the grid to run")
@@ -407,6 +454,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.part == "drift":
         run_drift()
+        return
+    if options.part == "memory":
+        run_memory()
         return
     if options.part == "sae":
         run_sae(options.peers)

@@ -169,7 +169,7 @@ def memory() -> None:
     found: dict[bool, dict[int, float]] = {False: {}, True: {}}
     print("   side  activations  peak GiB  estimate GiB  seconds")
     for side in (*FITTED, WANTED):
-        # On the processor, what is not checkpointed is fitted only: it would take a quarter of an hour.
+        # On the processor, what is not checkpointed is fitted only.
         for recomputes in (False, True) if side != WANTED or ON_GPU else (True,):
 
             def work(denoiser: host.HostDenoiser, latents: torch.Tensor, recomputes: bool = recomputes) -> Any:

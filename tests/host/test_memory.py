@@ -222,6 +222,16 @@ def test_gradients_flow_from_the_conditioning_only(family: Family) -> None:
     assert all(weight.grad is None and weight.requires_grad for weight in unet.parameters())
 
 
+def test_training_takes_a_card_with_room_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    card, asked = torch.device("cuda"), []
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: card)
+    monkeypatch.setattr(comfy.model_management, "free_memory", lambda size, device: asked.append((size, device)))
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 100)
+    assert host.training_device(100) == card and host.training_device(101) == torch.device("cpu")
+    # Others were asked to make room before it was looked for.
+    assert asked == [(100, card), (101, card)]
+
+
 def test_out_of_memory_on_the_way() -> None:
     """A block that really runs out: collecting goes on with one sample at a time, and ends with one sentence."""
     model = build(SD)

@@ -142,8 +142,8 @@ def train_sae(
     k = min(32, max(1, latents // 24)) if k is None else k
     _check(latents, k, epochs, learning_rate, batch_size, density_range)
 
-    data = _scaled(vectors, check).to(device)
-    mean = data.mean(0)
+    data = _Scaled(vectors, device, check)
+    mean = _mean(data, check)
     variance = float(torch.cat([(piece - mean).square().sum(1) for piece in _pieces(data, check)]).mean())
     if variance <= 1e-12:
         raise ElrondError(_SAME)
@@ -193,56 +193,78 @@ def memory(gradients: Gradients, latents: int | None = None, batch_size: int = 5
     """Bytes that `train_sae` takes on its device: gradients, Adam's parameters, and a batch's activations."""
     count, size = gradients.flat.shape
     latents = size if latents is None else latents
-    # Weights, gradients and two moments of encoder and decoder; the gradients and a piece of them squared.
-    return 4 * (2 * count * size + 10 * latents * size + 8 * batch_size * (latents + size))
+    # All gradients and pieces of them; weights, their gradients and two moments of encoder and decoder.
+    return 4 * (count * size + 4 * _VALUES + 10 * latents * size + 8 * batch_size * (latents + size))
 
 
-def geometric_median(points: torch.Tensor, iterations: int = 50, check: Check = lambda: None) -> torch.Tensor:
+class _Scaled:
+    """Gradients divided by their median norm, (N, D), on a device; a part at a time, so that there is no second copy.
+
+    Zero gradients (a realization compared with its like) do not make the scale zero.
+    """
+
+    def __init__(self, vectors: torch.Tensor, device: torch.device | str, check: Check) -> None:
+        norms, first = [], 0
+        for piece in _pieces(vectors, check):
+            require_finite(piece, first)
+            first += len(piece)
+            norms.append(piece.double().norm(dim=1))
+        typical = torch.cat(norms)
+        typical = typical[typical > 0]
+        if not len(typical):
+            raise ElrondError(_SAME)
+        self.vectors = vectors.to(device)
+        self.shape, self.dtype, self.device = vectors.shape, vectors.dtype, self.vectors.device
+        # By powers of two first, which rounds nothing: what is squared from here on is near one, whatever the scale.
+        # One power alone need not be a float32.
+        power = math.frexp(float(typical.median()))[1]
+        self._powers = 2.0 ** -(power // 2), 2.0 ** -(power - power // 2)
+        self._length = 1.0
+        lengths = torch.cat([piece.norm(dim=1) for piece in _pieces(self, check)])
+        self._length = float(lengths[lengths > 0].median())
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._scale(self.vectors[rows])
+
+    def split(self, rows: int) -> Iterator[torch.Tensor]:
+        """All of it, so many rows at a time."""
+        return (self._scale(piece) for piece in self.vectors.split(rows))
+
+    def _scale(self, rows: torch.Tensor) -> torch.Tensor:
+        once, again = self._powers
+        return (rows * once).mul_(again).div_(self._length)
+
+
+def geometric_median(points: torch.Tensor | _Scaled, iterations: int = 50, check: Check = lambda: None) -> torch.Tensor:
     """The point of least summed distance to `points` (N, D), by Weiszfeld's algorithm; (D,).
 
     `check` is called between pieces of the work and may raise to cancel.
     """
-    median = points.mean(0)
+    median = _mean(points, check)
     for _ in range(iterations):
-        distances = torch.cat([(piece - median).norm(dim=1) for piece in _pieces(points, check)])
-        weights = 1 / distances.clamp_min(1e-6)
-        previous, median = median, (weights @ points) / weights.sum()
+        pulled, weights = torch.zeros_like(median), torch.zeros_like(median[0])
+        for piece in _pieces(points, check):
+            weight = 1 / (piece - median).norm(dim=1).clamp_min(1e-6)
+            pulled += weight @ piece
+            weights += weight.sum()
+        previous, median = median, pulled / weights
         if (median - previous).norm() <= 1e-5 * median.norm():
             break
     return median
 
 
-def _pieces(vectors: torch.Tensor, check: Check) -> Iterator[torch.Tensor]:
+def _mean(points: torch.Tensor | _Scaled, check: Check) -> torch.Tensor:
+    return torch.stack([piece.sum(0) for piece in _pieces(points, check)]).sum(0) / len(points)
+
+
+def _pieces(vectors: torch.Tensor | _Scaled, check: Check) -> Iterator[torch.Tensor]:
     """All rows of (N, D), a bounded number of values at once, with a check before each."""
     for piece in vectors.split(max(1, _VALUES // vectors.shape[1])):
         check()
         yield piece
-
-
-def _scaled(vectors: torch.Tensor, check: Check) -> torch.Tensor:
-    """Gradients (N, D) divided by their median norm.
-
-    Zero gradients (a realization compared with its like) do not make the scale zero.
-    """
-    norms, first = [], 0
-    for piece in _pieces(vectors, check):
-        require_finite(piece, first)
-        first += len(piece)
-        norms.append(piece.double().norm(dim=1))
-    typical = torch.cat(norms)
-    typical = typical[typical > 0]
-    if not len(typical):
-        raise ElrondError(_SAME)
-    # By a power of two first, which rounds nothing: what is squared from here on is near one, whatever the scale.
-    power = 2.0 ** math.frexp(float(typical.median()))[1]
-    data = torch.empty_like(vectors)
-    first = 0
-    for piece in _pieces(vectors, check):
-        data[first : first + len(piece)] = piece.double() / power
-        first += len(piece)
-    lengths = data.norm(dim=1)
-    data /= float(lengths[lengths > 0].median())
-    return data
 
 
 def _digest(vectors: torch.Tensor, check: Check) -> str:
@@ -257,7 +279,7 @@ class _Trainer:
 
     def __init__(
         self,
-        data: torch.Tensor,
+        data: torch.Tensor | _Scaled,
         variance: float,
         latents: int,
         k: int,
@@ -276,11 +298,11 @@ class _Trainer:
         self.cool_down = max(1, round(_COOL_DOWN * self.steps))
         self.window = max(100, self.per_epoch)
 
-        decoder = torch.randn(latents, size, generator=generator(seed, "sae decoder")).to(data)
+        decoder = torch.randn(latents, size, generator=generator(seed, "sae decoder")).to(data.device, data.dtype)
         check()
         decoder /= decoder.norm(dim=1, keepdim=True)
         # The encoder starts tied to the decoder, as published.
-        parameters = (decoder.clone(), torch.zeros(latents).to(data), decoder, geometric_median(data, check=check))
+        parameters = (decoder.clone(), torch.zeros_like(decoder[:, 0]), decoder, geometric_median(data, check=check))
         self.parameters = [value.requires_grad_(True) for value in parameters]
         self.encoder, self.encoder_bias, self.decoder, self.decoder_bias = self.parameters
         check()

@@ -81,7 +81,10 @@ def test_starts_from_the_geometric_median_of_gradients_of_median_norm_one(monkey
     vectors[:40] *= 1000
     vectors[-9:] = 0
     seen: list[torch.Tensor] = []
-    trainers(monkeypatch, lambda trainer: seen.extend((trainer.data, trainer.decoder_bias.detach().clone())))
+    trainers(
+        monkeypatch,
+        lambda trainer: seen.extend((trainer.data[torch.arange(300)], trainer.decoder_bias.detach().clone())),
+    )
     train_sae(gradients(vectors), epochs=1)
     data, bias = seen
     norms = data.norm(dim=1)
@@ -222,12 +225,12 @@ def test_a_cancel_is_noticed_between_pieces_of_bounded_size(monkeypatch: pytest.
     check, at_steps = Cancel(), []
     median = Cancel()
     geometric_median(source.flat, 1, check=median)
-    assert median.calls == 10
+    assert median.calls == 20
 
     train_sae(source, latents=48, epochs=5, on_step=lambda *_: at_steps.append(check.calls), check=check)
-    # The set-up goes through the ten pieces to look for what is not finite, to scale, and for the variance; and
-    # several times for the median.
-    assert at_steps[0] >= 50
+    # The set-up goes through the ten pieces to look for what is not finite, for the scale, the mean and the variance;
+    # and several times for the median.
+    assert at_steps[0] >= 70
     # After the encoder, TopK, the decoder, the backward pass and its first part, and the clipping.
     assert all(later - earlier >= 6 for earlier, later in pairwise(at_steps))
     # The fifteen pieces of the report.
@@ -474,6 +477,17 @@ def test_geometric_median_shrugs_off_outliers() -> None:
     best = (points - median).norm(dim=1).sum()
     for step in 0.05 * torch.cat([torch.eye(3), -torch.eye(3)]):
         assert (points - median - step).norm(dim=1).sum() >= best
+
+
+def test_pieces_make_the_same_median_and_the_same_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = gradients(sparse(count=300)[1])
+    options = {"latents": 48, "epochs": 5}
+    median, (whole, expected) = geometric_median(source.flat), train_sae(source, **options)
+    monkeypatch.setattr(sae, "_VALUES", 30 * 32)
+    torch.testing.assert_close(geometric_median(source.flat), median)
+    directions, report = train_sae(source, **options)
+    torch.testing.assert_close(directions.vectors, whole.vectors, rtol=0, atol=1e-4)
+    assert report.fvu == pytest.approx(expected.fvu, rel=1e-4)
 
 
 @pytest.mark.parametrize(

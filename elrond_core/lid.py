@@ -17,11 +17,12 @@ curve that bends through many dimensions. How many ways there are to vary is a p
 space it bends through. The gradients towards one target, averaged over what was noised, place that realization among
 the others, as the concept's rows see them; in the coordinates of `elrond_core.response`, where a movement of the rows
 counts by the change it causes, the variance of the places along a component is that of the images along this change,
-in latent values. Components count along which the places vary by more than one latent value, and by more than what
-scatter among the gradients could make of Gaussian places (Johnstone, 2008, for two covariances); each counts
-alike, however loud. If every realization is noised by itself, the places scatter with all that differs between one
-noised realization and another, most of all in distilled models, whose estimates look like images from the first step
-on. So compare a few noised realizations with all the others: what they answer is then the same for all places.
+in latent values. Components count along which the places vary by a standard deviation of more than three quarters of a
+latent value, and by more than what scatter among the gradients could make of Gaussian places (Johnstone, 2008, for two
+covariances); each counts alike, however loud. A latent value itself varies by about one; at that, too few components of
+concepts of many ways count. If every realization is noised by itself, the places scatter with all that differs between
+one noised realization and another, most of all in distilled models, whose estimates look like images from the first
+step on. So compare a few noised realizations with all the others: what they answer is then the same for all places.
 
 The places have a correlation dimension (Grassberger and Procaccia, 1983, "Measuring the strangeness of strange
 attractors"): how fast the number of neighbours grows with the radius. Points in a box with sides fall short of its
@@ -72,9 +73,9 @@ _FLAT = 0.5
 # realizations and gradients a target for it, the most that are compared, and how often half of them is drawn.
 _NEAR, _FAR = 0.05, 0.2
 _LEAST_TARGETS, _LEAST_REPEATS, _MOST_TARGETS, _HALVES = 30, 2, 2000, 50
-# Latent values by which the places vary along a component that counts; how many others a noised realization is compared
-# with where the mean of its gradients is taken away; and gradients at a time.
-_VARIES, _SHARED, _BLOCK = 1.0, 8, 512
+# Standard deviation of the places, in latent values, along a component that counts; how many others a noised
+# realization is compared with where the mean of its gradients is taken away; and gradients at a time.
+_VARIES, _SHARED, _BLOCK = 0.75, 8, 512
 # Points in the cubes that a slope is compared with, and their highest dimension.
 _POINTS, _MOST = 500, 40
 
@@ -143,7 +144,7 @@ class LIDReport:
             bottom, top = self.correlation_interval
             correlation = f"{self.correlation:.1f} (90 % interval {bottom:.1f} to {top:.1f})"
             if self.correlation == 0:
-                correlation = "0: to the word they differ by no more than chance, or by less than a latent value"
+                correlation = "0: to the word they differ by no more than chance, or by less than 3/4 of a latent value"
             elif self.correlation >= _MOST:
                 correlation = f"{_MOST} or more"
         return [
@@ -251,7 +252,7 @@ def _places(gradients: Gradients) -> torch.Tensor | None:
     varied, axes = descending(variance)
     likely = (chance @ axes).mul_(axes).sum(0)
     edge = _edge_by_chance(len(axes), int(compared.enough.sum()), compared.freedom) - 1
-    kept = (varied > _VARIES) & (varied > edge * likely)
+    kept = (varied > _VARIES**2) & (varied > edge * likely)
     along = moves @ axes[:, kept]
     places = torch.empty(int(compared.enough.sum()), along.shape[1], dtype=torch.float64)
     return filled(places, (means[compared.enough[some]] @ along for some, means, _ in compared.means()))

@@ -47,8 +47,8 @@ RESULTS = Path(__file__).parent / "results"
 COLLECTIONS = RESULTS / "collections"
 REALIZATIONS, GRADIENTS = 256, 2048
 NOISED = 8
-# Seeds of images and noise on which no choice of the dimension's rule was made.
-HELD_OUT = (1, 2, 3)
+# Seeds of images and noise on which no choice of the dimension's rule was made: those up to 5 were looked at for it.
+HELD_OUT = (6, 7, 8)
 LEADING = 6
 SEEDS = 24
 STRENGTHS = np.linspace(-1, 1, 5)
@@ -270,7 +270,10 @@ def purities() -> dict[str, Any]:
 
 
 def complexity() -> dict[str, Any]:
-    """Rank correlation of every estimate with the true number of open factors, on both models."""
+    """Rank correlation of every estimate with the true number of open factors, on both models.
+
+    Ours was chosen on these collections, among others; `held_out` has its figures.
+    """
     truth = [len(open_factors(noun)) for noun in NOUNS]
     figures: dict[str, Any] = {}
     for model in ("teacher", "student"):
@@ -284,7 +287,7 @@ def complexity() -> dict[str, Any]:
             "noise_floor": [report.estimate for report in reports],
         }
         end = "" if model == "teacher" else "_student"
-        figures[f"lid_spearman_demo{end}"] = _rank_correlation(truth, ours)
+        figures[f"lid_spearman_demo_in_sample{end}"] = _rank_correlation(truth, ours)
         figures[f"lid_spearman_demo_of_pairs{end}"] = _rank_correlation(truth, of_pairs)
         figures[f"lid_spearman_demo_published{end}"] = {
             name: _rank_correlation(truth, values) for name, values in published.items()
@@ -303,15 +306,18 @@ def complexity() -> dict[str, Any]:
 
 
 def held_out() -> dict[str, Any]:
-    """The rank correlation of our estimate on collections of other seeds, by model and seed."""
+    """The rank correlation of our estimate on collections of other seeds: of each, and on average."""
     truth = [len(open_factors(noun)) for noun in NOUNS]
     figures: dict[str, Any] = {}
-    for model in ("teacher", "student"):
+    for model, end in (("teacher", ""), ("student", "_student")):
+        seeds = {}
         for seed in HELD_OUT:
             found = [estimate_lid(collection(model, noun, True, seed)).dimension for noun in NOUNS]
-            figures[f"{model}, seed {seed}"] = _rank_correlation(truth, found)
+            seeds[seed] = float(spearmanr(truth, found)[0])
             print(model, seed, " ".join(f"{noun} {value:.1f}" for noun, value in zip(NOUNS, found, strict=True)))
-    return {"lid_spearman_demo_held_out": figures}
+        figures[f"lid_spearman_demo{end}"] = float(np.mean(list(seeds.values())))
+        figures[f"lid_spearman_demo_by_seed{end}"] = seeds
+    return figures
 
 
 def _rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:

@@ -52,8 +52,8 @@ from .response import components
 from .seeding import generator
 
 # How often noise alone exceeds what tells that there is signal at all (it is looked at more than once), and what the
-# signal's density is taken from.
-_RARE, _SELDOM = 0.01, 0.05
+# signal's density is taken from; and how seldom what is looked for at any number of signals may come by chance.
+_RARE, _SELDOM, _HARDLY = 0.01, 0.05, 0.001
 # Draws of the noise's variances, and of the largest eigenvalue from each; how often its fit is repeated on simulated
 # noise of at most so many values, to see how far off it may be.
 _DRAWS, _EACH = 400, 5
@@ -394,8 +394,8 @@ class _Fit:
                 self.signal = self._likeliest()
                 match()
             self.signal = self._likeliest()
-            while self._stray():
-                self.signal -= 1
+            while fewer := self._fewer():
+                self.signal = fewer
                 self._match_moments()
         cut = self.eigenvalues[self.signal - 1 : self.signal + 1]
         self.threshold = float(cut.mean()) if self.signal else self.rare
@@ -496,19 +496,29 @@ class _Fit:
         weights = counts * math.log(signal / noise) - noise * (self.largest - start)
         return self._leave_noise(int(np.bincount(counts, np.exp(weights - weights.max())).argmax()))
 
-    def _with_last_in_noise(self) -> _Fit:
-        """The same with one signal fewer: noise that is taken for signal is missing where noise is fitted."""
+    def _of(self, signal: int) -> _Fit:
+        """The same with another number of signals, and the noise as it is."""
         other = copy.copy(self)
-        other.signal = self.signal - 1
-        other._match_moments()
+        other.signal = signal
         return other
 
-    def _stray(self) -> bool:
-        """Whether the last of the signal is what noise may reach, and all others end well above it."""
+    def _fewer(self) -> int:
+        """The least number of signals that end well above what noise may reach, where all else is such; 0 if none is.
+
+        Noise that is taken for signal is missing where noise is fitted; the next of it then looks like signal, too. If
+        the signal ends as it is, no more than its last may be such.
+        """
         if self.signal < 2:
-            return False
-        other = self._with_last_in_noise()
-        return bool(self.eigenvalues[other.signal] <= other.rare) and other._ends(_RARE)
+            return 0
+        for signal in range(self.signal - 1 if self._ends() else 1, self.signal):
+            other = self._of(signal)
+            # Most do not end even above the noise as it is, which is sooner seen than noise is fitted.
+            if signal == self.signal - 1 or other._ends(_HARDLY):
+                other._match_moments()
+                noise = other.spread <= _FLAT and self.eigenvalues[signal] <= other.rare
+                if noise and other._ends(_RARE):
+                    return signal
+        return 0
 
     def _simulate(self, spread: float, tailed: bool, size: int, samples: int) -> np.ndarray:
         """Mean eigenvalues, descending, of samples of noise of mean variance 1, at a smaller size of equal shape."""
@@ -574,7 +584,10 @@ class _Fit:
         rng = np.random.default_rng(self.seed + 2)
         errors = self._population()[1] if self.signal else np.zeros(0)
         doubtful = self.signal > 0 and self.eigenvalues[self.signal - 1] <= self.rare
-        other = self._with_last_in_noise() if doubtful else self
+        other = self
+        if doubtful:
+            other = self._of(self.signal - 1)
+            other._match_moments()
         again = self.eigenvalues[: self.signal] + errors * rng.standard_normal((len(other.largest), self.signal))
         bottom = int(np.quantile((again > other.largest[:, None]).sum(1), 0.05))
         if not self.detectable:

@@ -43,6 +43,14 @@ def test_known_ranks(count: int, rank: int, spread: float) -> None:
         assert report.noise == pytest.approx(1, abs=0.15)
 
 
+def test_noise_is_not_taken_for_signal_one_eigenvalue_after_the_other() -> None:
+    # With these seeds, the noise that is left when some of it has been taken for signal looks narrower by just as much.
+    for count, rank, strength, spread, seed in ((10_000, 4, 3.0, 0.0, 26), (4_000, 12, 5.0, 0.18, 23)):
+        report = estimate_lid(Moments.of(sample(rank, count, strength, spread, seed=seed)))
+        assert report.estimate == rank and report.detectable
+        assert report.interval[0] <= rank
+
+
 def test_does_not_drift_with_the_sample_where_the_published_do() -> None:
     # Variances that stay the same while the sample grows.
     reports = [estimate_lid(sample(12, count, 4.0 * math.sqrt(count / 300))) for count in (300, 1000, 6000)]

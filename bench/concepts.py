@@ -32,15 +32,15 @@ from demo.model import LATENT_CHANNELS, WEIGHTS
 from demo.world import CONTINUOUS, FACTORS, SHAPES, Measurement, measure
 
 PACK = host.pack()
-from comfyui_elrond.elrond_core import files  # noqa: E402
+from comfyui_elrond.elrond_core.decompose.pca import fit_pca  # noqa: E402
+from comfyui_elrond.elrond_core.decompose.response import fit_response  # noqa: E402
+from comfyui_elrond.elrond_core.decompose.sae import train_sae  # noqa: E402
+from comfyui_elrond.elrond_core.decompose.words import fit_words  # noqa: E402
+from comfyui_elrond.elrond_core.dimension.report import box_dimension, estimate_lid  # noqa: E402
 from comfyui_elrond.elrond_core.directions import Directions  # noqa: E402
 from comfyui_elrond.elrond_core.gradients import Gradients  # noqa: E402
-from comfyui_elrond.elrond_core.labels import label  # noqa: E402
-from comfyui_elrond.elrond_core.lid import box_dimension, estimate_lid  # noqa: E402
-from comfyui_elrond.elrond_core.pca import fit_pca  # noqa: E402
-from comfyui_elrond.elrond_core.response import fit_response  # noqa: E402
-from comfyui_elrond.elrond_core.sae import train_sae  # noqa: E402
-from comfyui_elrond.elrond_core.words import fit_words  # noqa: E402
+from comfyui_elrond.elrond_core.steering.labels import label  # noqa: E402
+from comfyui_elrond.elrond_core.storage import format as files  # noqa: E402
 
 NODES = {node.define_schema().node_id: node for node in PACK.NODES}
 RESULTS = Path(__file__).parent / "results"

@@ -47,15 +47,15 @@ from demo.model import WEIGHTS
 from demo.world import CONTINUOUS, SHAPES, Measurement, measure
 
 PACK = host.pack()
+from comfyui_elrond.elrond_core.decompose.pca import fit_pca  # noqa: E402
+from comfyui_elrond.elrond_core.decompose.response import fit_response  # noqa: E402
+from comfyui_elrond.elrond_core.decompose.sae import train_sae  # noqa: E402
+from comfyui_elrond.elrond_core.decompose.words import fit_words  # noqa: E402
 from comfyui_elrond.elrond_core.directions import Directions  # noqa: E402
-from comfyui_elrond.elrond_core.files import load_gradients, save_gradients  # noqa: E402
-from comfyui_elrond.elrond_core.labels import label  # noqa: E402
-from comfyui_elrond.elrond_core.pca import fit_pca  # noqa: E402
-from comfyui_elrond.elrond_core.response import fit_response  # noqa: E402
-from comfyui_elrond.elrond_core.sae import train_sae  # noqa: E402
 from comfyui_elrond.elrond_core.seeding import generator, normal  # noqa: E402
-from comfyui_elrond.elrond_core.steering import change_of, draw_steps  # noqa: E402
-from comfyui_elrond.elrond_core.words import fit_words  # noqa: E402
+from comfyui_elrond.elrond_core.steering.draws import change_of, draw_steps  # noqa: E402
+from comfyui_elrond.elrond_core.steering.labels import label  # noqa: E402
+from comfyui_elrond.elrond_core.storage.format import load_gradients, save_gradients  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "diversity.json"

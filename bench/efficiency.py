@@ -9,7 +9,7 @@ compared with a reference of other realizations and other noise, by reconstructi
 (elrond_core.subspace), for two sets of directions:
 
 * significant: those of the published rule, by which each sample decides for itself how many it has;
-* all: as many as stand above the reference's noise floor (elrond_core.lid), the same number for every sample.
+* all: as many as stand above the reference's noise floor (elrond_core.dimension), the same number for every sample.
 
 Latents and gradients are kept in bench/results/collections, under the digest of the weights, and a second run goes on
 where the first stopped. Figures go to bench/results/gradients.json, under `evaluations`, the table to
@@ -42,15 +42,16 @@ from demo.evaluate import STEPS, Demo
 from demo.model import LATENT_CHANNELS, WEIGHTS
 
 PACK = demo_host.pack()
-from comfyui_elrond.elrond_core.gradients import Gradients, gradient  # noqa: E402
-from comfyui_elrond.elrond_core.lid import estimate_lid  # noqa: E402
-from comfyui_elrond.elrond_core.moments import Moments  # noqa: E402
-from comfyui_elrond.elrond_core.pca import fit_pca  # noqa: E402
+from comfyui_elrond.elrond_core.collect.differentiate import gradient  # noqa: E402
+from comfyui_elrond.elrond_core.decompose.moments import Moments  # noqa: E402
+from comfyui_elrond.elrond_core.decompose.pca import fit_pca  # noqa: E402
+from comfyui_elrond.elrond_core.decompose.sae import train_sae  # noqa: E402
+from comfyui_elrond.elrond_core.dimension.report import estimate_lid  # noqa: E402
+from comfyui_elrond.elrond_core.gradients import Gradients  # noqa: E402
+from comfyui_elrond.elrond_core.measure.quality import FIRST, split_half_quality  # noqa: E402
+from comfyui_elrond.elrond_core.measure.subspace import hallucination, reconstruction  # noqa: E402
 from comfyui_elrond.elrond_core.provenance import Provenance  # noqa: E402
-from comfyui_elrond.elrond_core.quality import FIRST, split_half_quality  # noqa: E402
-from comfyui_elrond.elrond_core.sae import train_sae  # noqa: E402
 from comfyui_elrond.elrond_core.seeding import generator, normal  # noqa: E402
-from comfyui_elrond.elrond_core.subspace import hallucination, reconstruction  # noqa: E402
 from comfyui_elrond.nodes import host  # noqa: E402
 
 ROOT = Path(__file__).parents[1]

@@ -31,13 +31,13 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from elrond_core.decompose.moments import Moments
+from elrond_core.decompose.pca import fit_pca
+from elrond_core.decompose.response import fit_response
+from elrond_core.decompose.sae import train_sae
+from elrond_core.dimension.report import edge_of_noise, estimate_lid
 from elrond_core.gradients import Gradients
-from elrond_core.lid import edge_of_noise, estimate_lid
-from elrond_core.moments import Moments
-from elrond_core.pca import fit_pca
 from elrond_core.provenance import Provenance
-from elrond_core.response import fit_response
-from elrond_core.sae import train_sae
 
 RESULTS = Path(__file__).parent / "results" / "estimators.json"
 TRIALS = RESULTS.with_name("estimators_trials.jsonl")

@@ -32,10 +32,12 @@ import comfy.supported_models
 import torch
 
 demo_host.pack()
-from comfyui_elrond.elrond_core.gradients import Differentiator, collect, draw_pairs, gradient  # noqa: E402
+from comfyui_elrond.elrond_core.collect.collection import collect  # noqa: E402
+from comfyui_elrond.elrond_core.collect.differentiate import Differentiator, gradient  # noqa: E402
+from comfyui_elrond.elrond_core.collect.pairs import draw_pairs  # noqa: E402
+from comfyui_elrond.elrond_core.prompt import Concept  # noqa: E402
 from comfyui_elrond.elrond_core.provenance import Provenance  # noqa: E402
 from comfyui_elrond.elrond_core.seeding import normal  # noqa: E402
-from comfyui_elrond.elrond_core.tokens import Concept  # noqa: E402
 from comfyui_elrond.nodes import host  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "gradients.json"

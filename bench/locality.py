@@ -22,8 +22,8 @@ from demo.evaluate import Demo
 from demo.world import measure, render
 
 PACK = host.pack()
-from comfyui_elrond.elrond_core.files import load_directions  # noqa: E402
-from comfyui_elrond.elrond_core.locality import Leak, measure_leak  # noqa: E402
+from comfyui_elrond.elrond_core.steering.locality import Leak, measure_leak  # noqa: E402
+from comfyui_elrond.elrond_core.storage.format import load_directions  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "locality.json"

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from scipy.stats import spearmanr
 
-from elrond_core.files import load_directions
+from elrond_core.storage.format import load_directions
 
 from .captions import NOUNS, Caption, compose, open_factors
 from .measures import alignment, diversity

@@ -14,10 +14,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .lid import LIDReport
-from .pca import Spectrum
-from .sae import SAEReport
-from .subspace import Comparison
+from .decompose.pca import Spectrum
+from .decompose.sae import SAEReport
+from .dimension.report import LIDReport
+from .measure.subspace import Comparison
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#777777"

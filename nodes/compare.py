@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..elrond_core import plots
 from ..elrond_core.directions import Directions
-from ..elrond_core.subspace import compare
+from ..elrond_core.measure.subspace import compare
 from . import host
 from .types import DirectionsIO, image
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..elrond_core import plots
+from ..elrond_core.dimension.report import estimate_lid
 from ..elrond_core.gradients import Gradients
-from ..elrond_core.lid import estimate_lid
 from .types import GradientsIO, image
 
 

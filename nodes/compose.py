@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..elrond_core import compose
 from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
+from ..elrond_core.steering import compose
 from .types import DirectionsIO, verdict
 
 _SUBSET, _SUM, _ORTHOGONAL = "subset", "weighted sum", "orthogonalise"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..elrond_core.errors import ElrondError
-from ..elrond_core.tokens import bracketed, find_concept
+from ..elrond_core.prompt import bracketed, find_concept
 from . import host
 from .types import verdict
 

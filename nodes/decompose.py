@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..elrond_core import plots, sae
+from ..elrond_core import plots
+from ..elrond_core.decompose import sae
+from ..elrond_core.decompose.pca import fit_pca
+from ..elrond_core.decompose.response import fit_response
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.gradients import Gradients
-from ..elrond_core.pca import fit_pca
-from ..elrond_core.response import fit_response
 from . import host
 from .types import DirectionsIO, GradientsIO, image, seed_input, verdict
 

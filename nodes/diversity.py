@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..elrond_core import diversity
 from ..elrond_core.errors import ElrondError
+from ..elrond_core.measure import diversity
 from . import host
 from .types import verdict
 

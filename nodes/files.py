@@ -7,10 +7,10 @@ from pathlib import Path
 
 from comfy_api.latest import io, ui
 
-from ..elrond_core import files
 from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.gradients import Gradients
+from ..elrond_core.storage import format as files
 from . import host
 from .types import DirectionsIO, GradientsIO, verdict
 

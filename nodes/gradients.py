@@ -6,10 +6,13 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..elrond_core.collect.collection import TARGETS_A_PROBE, collect
+from ..elrond_core.collect.differentiate import Denoiser
+from ..elrond_core.collect.pairs import check_targets
 from ..elrond_core.errors import ElrondError
-from ..elrond_core.gradients import TARGETS_A_PROBE, Denoiser, Gradients, check_targets, collect
+from ..elrond_core.gradients import Gradients
+from ..elrond_core.measure.quality import Sufficient
 from ..elrond_core.provenance import Provenance
-from ..elrond_core.quality import Sufficient
 from . import host
 from .types import GradientsIO, check_guidance, seed_input, verdict
 

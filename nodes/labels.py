@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..elrond_core import labels
-from ..elrond_core.compose import renamed
+from ..elrond_core.decompose.response import check_response
+from ..elrond_core.decompose.words import fit_words
 from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.gradients import Gradients
+from ..elrond_core.prompt import find_concept, occurrences
 from ..elrond_core.provenance import Provenance
-from ..elrond_core.response import check_response
-from ..elrond_core.tokens import find_concept, occurrences
-from ..elrond_core.words import fit_words
+from ..elrond_core.steering import labels
+from ..elrond_core.steering.compose import renamed
 from . import host
 from .types import DirectionsIO, GradientsIO, verdict
 

@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..elrond_core.errors import ElrondError
-from ..elrond_core.locality import answer_maps, measure_leak, region
+from ..elrond_core.steering.locality import answer_maps, measure_leak, region
 from . import host
 from .steering import find_concept
 from .types import seed_input

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..elrond_core.collect.merge import merge_gradients, merge_lines
 from ..elrond_core.gradients import Gradients
-from ..elrond_core.merge import merge_gradients, merge_lines
 from .types import GradientsIO
 
 

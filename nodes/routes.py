@@ -19,8 +19,8 @@ from typing import Any
 
 from aiohttp import web
 
-from ..elrond_core import files
 from ..elrond_core.errors import ElrondError
+from ..elrond_core.storage import format as files
 from . import files as shelf
 from . import host
 

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..elrond_core.compose import strengths_of
 from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
-from ..elrond_core.steering import (
+from ..elrond_core.prompt import Concept
+from ..elrond_core.steering.compose import strengths_of
+from ..elrond_core.steering.draws import (
     EQUAL,
     NATURAL,
     RANDOM,
@@ -23,7 +24,6 @@ from ..elrond_core.steering import (
     draw_steps,
     parts_of,
 )
-from ..elrond_core.tokens import Concept
 from . import host
 from .types import ABSOLUTE, CONCEPT_INPUT, RELATIVE, UNIT_INPUT, DirectionsIO, seed_input, verdict
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..elrond_core.compose import ANY_COUNT, indices_of
 from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.sheets import contact_sheet, save_strip
+from ..elrond_core.steering.compose import ANY_COUNT, indices_of
 from . import host
 from .steering import concept_and_norm
 from .types import CONCEPT_INPUT, RELATIVE, UNIT_INPUT, DirectionsIO, check_guidance, image, seed_input, verdict

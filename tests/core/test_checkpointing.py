@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from elrond_core.checkpointing import Checkpointing, SavedTensors, blocks_of, footprint
+from elrond_core.collect.checkpointing import Checkpointing, SavedTensors, blocks_of, footprint
 
 WIDTH, SAMPLES = 8, 3
 

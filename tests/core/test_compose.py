@@ -7,7 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from elrond_core.compose import (
+from elrond_core.directions import Directions
+from elrond_core.errors import ElrondError
+from elrond_core.provenance import Provenance
+from elrond_core.steering.compose import (
     ANY_COUNT,
     indices_of,
     merge,
@@ -18,10 +21,7 @@ from elrond_core.compose import (
     subset,
     weighted_sum,
 )
-from elrond_core.directions import Directions
-from elrond_core.errors import ElrondError
-from elrond_core.files import load_directions, save_directions
-from elrond_core.provenance import Provenance
+from elrond_core.storage.format import load_directions, save_directions
 
 
 def directions(count: int = 4, rows: int = 2, width: int = 8, family: str = "Demo") -> Directions:

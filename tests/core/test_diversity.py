@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from elrond_core.diversity import alignment, of_features, of_pixels, vendi_score
 from elrond_core.errors import ElrondError
+from elrond_core.measure.diversity import alignment, of_features, of_pixels, vendi_score
 
 
 @pytest.mark.parametrize("groups", [[1, 1, 1, 1], [4], [2, 2], [3, 1], [5, 2, 1]])

@@ -11,12 +11,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from elrond_core import __version__, files
+from elrond_core import __version__
+from elrond_core.decompose.moments import Moments
 from elrond_core.directions import Directions
 from elrond_core.errors import ElrondError
 from elrond_core.gradients import Gradients
-from elrond_core.moments import Moments
 from elrond_core.provenance import Provenance
+from elrond_core.storage import format as files
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HERE = Provenance(

@@ -5,8 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from elrond_core.collect.collection import collect
+from elrond_core.collect.differentiate import gradient
+from elrond_core.collect.pairs import draw_pairs
 from elrond_core.errors import ElrondError
-from elrond_core.gradients import Gradients, collect, draw_pairs, gradient
+from elrond_core.gradients import Gradients
 from elrond_core.provenance import Provenance
 from elrond_core.seeding import normal
 

@@ -7,8 +7,8 @@ import torch
 
 from elrond_core.directions import Directions
 from elrond_core.errors import ElrondError
-from elrond_core.labels import Label, label, labelled, put_before, words_of
 from elrond_core.provenance import Provenance
+from elrond_core.steering.labels import Label, label, labelled, put_before, words_of
 
 WORDS = ["large", "small", "red", "blue"]
 

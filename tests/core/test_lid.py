@@ -9,10 +9,10 @@ import scipy.linalg
 import skdim
 import torch
 
+from elrond_core.decompose.moments import Moments
+from elrond_core.dimension.report import _edge_by_chance, correlation_slope, estimate_lid
 from elrond_core.errors import ElrondError
 from elrond_core.gradients import Gradients
-from elrond_core.lid import _edge_by_chance, correlation_slope, estimate_lid
-from elrond_core.moments import Moments
 from elrond_core.provenance import Provenance
 
 

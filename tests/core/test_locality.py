@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from elrond_core.errors import ElrondError
-from elrond_core.locality import answer_maps, measure_leak, otsu, region
+from elrond_core.steering.locality import answer_maps, measure_leak, otsu, region
 
 WIDTH, CELLS = 6, (4, 5)
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from elrond_core.collect.merge import merge_gradients, merge_lines
+from elrond_core.decompose.moments import Moments
 from elrond_core.errors import ElrondError
 from elrond_core.gradients import Gradients
-from elrond_core.merge import merge_gradients, merge_lines
-from elrond_core.moments import Moments
 from elrond_core.provenance import Provenance
 
 HERE = Provenance(family="SDXL", prompt="a dog", concept="dog", tokens=("dog",), rows=(2,), token_norm=27.9, seed=1)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from elrond_core.decompose.moments import Moments
+from elrond_core.decompose.response import check_response
 from elrond_core.errors import ElrondError
 from elrond_core.gradients import Gradients
-from elrond_core.moments import Moments
 from elrond_core.provenance import Provenance
-from elrond_core.response import check_response
 
 ROOT = Path(__file__).parents[2]
 HERE = Provenance(
@@ -177,12 +177,12 @@ MEMORY = """
 import resource, sys
 sys.path.insert(0, "")
 import torch
-from elrond_core import sae
+from elrond_core.decompose import sae
 from elrond_core.gradients import Gradients
-from elrond_core.lid import estimate_lid
-from elrond_core.pca import fit_pca
+from elrond_core.dimension.report import estimate_lid
+from elrond_core.decompose.pca import fit_pca
 from elrond_core.provenance import Provenance
-from elrond_core.response import fit_response
+from elrond_core.decompose.response import fit_response
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

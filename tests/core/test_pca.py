@@ -5,10 +5,10 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
+from elrond_core.decompose.moments import Moments
+from elrond_core.decompose.pca import fit_pca
 from elrond_core.errors import ElrondError
 from elrond_core.gradients import Gradients
-from elrond_core.moments import Moments
-from elrond_core.pca import fit_pca
 from elrond_core.provenance import Provenance
 
 HERE = Provenance(family="SDXL", concept="monster")

@@ -10,9 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from elrond_core.decompose.pca import Spectrum
+from elrond_core.decompose.sae import SAEReport
+from elrond_core.dimension.report import LIDReport
 from elrond_core.directions import Directions
-from elrond_core.lid import LIDReport
-from elrond_core.pca import Spectrum
+from elrond_core.measure.subspace import compare
 from elrond_core.plots import (
     lid_plot,
     lid_plot_figure,
@@ -24,8 +26,6 @@ from elrond_core.plots import (
     subspace_heatmap_figure,
 )
 from elrond_core.provenance import Provenance
-from elrond_core.sae import SAEReport
-from elrond_core.subspace import compare
 
 VALUES = 1.5 ** -torch.arange(40, dtype=torch.float64)
 SPECTRUM = Spectrum(VALUES, 0.1, 6, 500, 40)

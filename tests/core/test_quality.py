@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from elrond_core.decompose.pca import fit_pca
 from elrond_core.errors import ElrondError
 from elrond_core.gradients import Gradients
-from elrond_core.pca import fit_pca
+from elrond_core.measure.quality import Sufficient, split_half_quality
+from elrond_core.measure.subspace import hallucination, reconstruction
 from elrond_core.provenance import Provenance
-from elrond_core.quality import Sufficient, split_half_quality
-from elrond_core.subspace import hallucination, reconstruction
 
 SIGNAL, WIDTH = 4, 64
 TRUTH = torch.eye(WIDTH, dtype=torch.float64)[:SIGNAL]

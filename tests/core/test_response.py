@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from elrond_core.collect.collection import collect
+from elrond_core.decompose.pca import fit_pca
+from elrond_core.decompose.response import choose_ridge, components, fit_response, halved
 from elrond_core.errors import ElrondError
-from elrond_core.gradients import Gradients, collect
-from elrond_core.pca import fit_pca
+from elrond_core.gradients import Gradients
+from elrond_core.measure.subspace import orthonormal, principal_angles
 from elrond_core.provenance import Provenance
-from elrond_core.response import choose_ridge, components, fit_response, halved
-from elrond_core.subspace import orthonormal, principal_angles
 
 WIDTH, LATENTS = 8, 60
 VARIANCES = torch.tensor([16.0, 6.0, 2.0, 0.5])

@@ -11,11 +11,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from elrond_core import sae
+from elrond_core.decompose import sae
+from elrond_core.decompose.sae import _AUX_ROWS, _AUX_WEIGHT, _Trainer, geometric_median, train_sae
 from elrond_core.errors import ElrondError
 from elrond_core.gradients import Gradients
 from elrond_core.provenance import Provenance
-from elrond_core.sae import _AUX_ROWS, _AUX_WEIGHT, _Trainer, geometric_median, train_sae
 
 
 def gradients(vectors: torch.Tensor) -> Gradients:

@@ -10,7 +10,7 @@ import torch
 from elrond_core.directions import Directions
 from elrond_core.errors import ElrondError
 from elrond_core.provenance import Provenance
-from elrond_core.steering import Draw, change_of, check_share, draw_steps, parts_of
+from elrond_core.steering.draws import Draw, change_of, check_share, draw_steps, parts_of
 
 
 def directions(scores: list[float]) -> Directions:

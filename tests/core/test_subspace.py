@@ -9,8 +9,8 @@ import torch
 
 from elrond_core.directions import Directions
 from elrond_core.errors import ElrondError
+from elrond_core.measure.subspace import compare, hallucination, orthonormal, principal_angles, reconstruction
 from elrond_core.provenance import Provenance
-from elrond_core.subspace import compare, hallucination, orthonormal, principal_angles, reconstruction
 
 
 def random(count: int, seed: int, rows: int = 2, width: int = 10) -> torch.Tensor:

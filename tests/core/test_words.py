@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from elrond_core.decompose.words import fit_words
 from elrond_core.errors import ElrondError
 from elrond_core.gradients import Gradients
 from elrond_core.provenance import Provenance
-from elrond_core.words import fit_words
 
 WIDTH, LATENTS, COUNT = 40, 90, 4000
 VARIANCES = torch.tensor([50.0, 9.0, 4.0], dtype=torch.float64)

@@ -21,8 +21,8 @@ from PIL import Image
 
 from demo.server import Server
 from elrond_core.directions import Directions
-from elrond_core.files import load_directions, save_directions
 from elrond_core.provenance import Provenance
+from elrond_core.storage.format import load_directions, save_directions
 
 playwright = pytest.importorskip("playwright.sync_api", reason="The browser tests need the playwright package.")
 

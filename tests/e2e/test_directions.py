@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from demo.server import Server, ServerError
-from elrond_core.files import load_directions, save_directions
+from elrond_core.storage.format import load_directions, save_directions
 
 SHIPPED = Path(__file__).parents[2] / "demo" / "directions" / "demo thing.safetensors"
 

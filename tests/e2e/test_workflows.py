@@ -18,9 +18,9 @@ from PIL import Image
 
 from demo.server import PACK, Server, ServerError
 from elrond_core.directions import Directions
-from elrond_core.files import load_directions, save_directions, save_gradients
 from elrond_core.gradients import Gradients
 from elrond_core.provenance import Provenance
+from elrond_core.storage.format import load_directions, save_directions, save_gradients
 
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
 NAMES = ["complexity", "discover", "diversify", "steer"]

@@ -15,7 +15,7 @@ import comfy.model_patcher
 import comfy.supported_models
 import torch
 from comfy_extras import nodes_model_advanced
-from comfyui_elrond.elrond_core.tokens import Concept
+from comfyui_elrond.elrond_core.prompt import Concept
 from comfyui_elrond.nodes import host
 
 WIDTH = 32

@@ -16,9 +16,9 @@ import pytest
 import torch
 from comfyui_elrond.elrond_core.directions import Directions
 from comfyui_elrond.elrond_core.errors import ElrondError
-from comfyui_elrond.elrond_core.files import load_directions
 from comfyui_elrond.elrond_core.gradients import Gradients
 from comfyui_elrond.elrond_core.provenance import Provenance
+from comfyui_elrond.elrond_core.storage.format import load_directions
 from comfyui_elrond.nodes import host, labels, routes
 from PIL import Image
 

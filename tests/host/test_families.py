@@ -21,13 +21,15 @@ import pytest
 import torch
 from comfy.ldm.modules import attention
 from comfy_extras import nodes_model_advanced
-from comfyui_elrond.elrond_core.checkpointing import SavedTensors
+from comfyui_elrond.elrond_core.collect.checkpointing import SavedTensors
+from comfyui_elrond.elrond_core.collect.collection import collect
+from comfyui_elrond.elrond_core.collect.differentiate import gradient
 from comfyui_elrond.elrond_core.errors import ElrondError
-from comfyui_elrond.elrond_core.gradients import collect, gradient
+from comfyui_elrond.elrond_core.prompt import Concept
 from comfyui_elrond.elrond_core.provenance import Provenance
-from comfyui_elrond.elrond_core.steering import steer
-from comfyui_elrond.elrond_core.tokens import Concept
+from comfyui_elrond.elrond_core.steering.apply import steer
 from comfyui_elrond.nodes import host
+from comfyui_elrond.nodes.host import gradient_patches
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 # isort: split
@@ -364,15 +366,17 @@ def test_weights_that_are_lent_in_memory_that_is_used_again(
             self.bias = None if layer.bias is None else layer.bias.to("meta")
             self.layer = layer
 
-    lasting = host._lasting
+    lasting = gradient_patches._lasting
     monkeypatch.setattr(
         comfy.ops, "cast_bias_weight", lambda layer, *a, **k: lend(getattr(layer, "layer", layer), *a, **k)
     )
-    monkeypatch.setattr(host, "_lasting", lambda cast, layer, *a, **k: lasting(cast, Elsewhere(layer), *a, **k))
+    monkeypatch.setattr(
+        gradient_patches, "_lasting", lambda cast, layer, *a, **k: lasting(cast, Elsewhere(layer), *a, **k)
+    )
     assert torch.equal(found(), expected)
     assert len(set(lent)) > 20
     # And this is what it takes.
-    monkeypatch.setattr(host, "_lasting", lambda cast, *a, **k: cast(*a, **k))
+    monkeypatch.setattr(gradient_patches, "_lasting", lambda cast, *a, **k: cast(*a, **k))
     assert not torch.allclose(found(), expected, rtol=0.1)
 
 
@@ -382,7 +386,7 @@ def test_weights_that_are_only_lent_are_not_copied() -> None:
     # Newer hosts mark layers whose weights they lend.
     layers[1]._v = (0, 0, 0)
     given = layers[0].weight, layers[1].weight
-    host._normal_copies(layers)
+    gradient_patches.normal_copies(layers)
     assert not layers[0].weight.is_inference() and torch.equal(layers[0].weight, given[0])
     assert layers[0].weight.requires_grad == given[0].requires_grad
     assert layers[1].weight is given[1]
@@ -418,7 +422,10 @@ def test_ways_to_compute_without_a_derivative_are_off_for_the_time_being(monkeyp
 
 def test_settings_that_this_host_does_not_have_stay_away() -> None:
     owner = SimpleNamespace(there=1)
-    with host._instead(owner, "there", 2), host._instead(owner, "not there", 3):
+    with (
+        gradient_patches.replaced_attribute(owner, "there", 2),
+        gradient_patches.replaced_attribute(owner, "not there", 3),
+    ):
         assert vars(owner) == {"there": 2}
     assert vars(owner) == {"there": 1}
 

@@ -20,8 +20,8 @@ import folder_paths
 import latent_preview
 import pytest
 import torch
+from comfyui_elrond.elrond_core.collect.differentiate import gradient
 from comfyui_elrond.elrond_core.errors import ElrondError
-from comfyui_elrond.elrond_core.gradients import gradient
 from comfyui_elrond.nodes import host
 
 # isort: split

@@ -13,7 +13,7 @@ import pytest
 import torch
 from comfyui_elrond.elrond_core.directions import Directions
 from comfyui_elrond.elrond_core.errors import ElrondError
-from comfyui_elrond.elrond_core.files import load_directions
+from comfyui_elrond.elrond_core.storage.format import load_directions
 from comfyui_elrond.nodes import host
 
 from demo.world import measure, render

@@ -11,9 +11,10 @@ import comfy.model_management
 import comfy.patcher_extension
 import pytest
 import torch
-from comfyui_elrond.elrond_core.checkpointing import blocks_of
+from comfyui_elrond.elrond_core.collect.checkpointing import blocks_of
+from comfyui_elrond.elrond_core.collect.collection import collect
+from comfyui_elrond.elrond_core.collect.differentiate import gradient
 from comfyui_elrond.elrond_core.errors import ElrondError
-from comfyui_elrond.elrond_core.gradients import collect, gradient
 from comfyui_elrond.elrond_core.provenance import Provenance
 from comfyui_elrond.nodes import host
 

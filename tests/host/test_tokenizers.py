@@ -31,9 +31,10 @@ import safetensors.torch
 import torch
 import transformers
 from comfyui_elrond.elrond_core.errors import ElrondError
-from comfyui_elrond.elrond_core.tokens import Concept, occurrences
+from comfyui_elrond.elrond_core.prompt import Concept, occurrences
 from comfyui_elrond.nodes import host
 from comfyui_elrond.nodes.concept import EncodeConcept
+from comfyui_elrond.nodes.host import text
 
 te = comfy.text_encoders
 
@@ -372,9 +373,9 @@ def test_tokenizers_of_newer_hosts() -> None:
 
     for own in (Plain(), Wrapper()):
         wrapper = SimpleNamespace(clip="clip_x", clip_x=SimpleNamespace(tokenizer=own))
-        assert host._decoder(wrapper, "x")([1, 2]) == "<1> <2>"
+        assert text._decoder(wrapper, "x")([1, 2]) == "<1> <2>"
     with pytest.raises(ElrondError, match="does not know how this CLIP cuts text"):
-        host._decoder(SimpleNamespace(clip_x=SimpleNamespace(tokenizer=object())), "x")
+        text._decoder(SimpleNamespace(clip_x=SimpleNamespace(tokenizer=object())), "x")
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,12 @@ import torch
 from sklearn.decomposition import FastICA
 from sklearn.exceptions import ConvergenceWarning
 
-from .directions import Directions, fix_signs
-from .errors import ElrondError
-from .gradients import Gradients
+from ..directions import Directions, fix_signs
+from ..errors import ElrondError
+from ..gradients import Gradients
+from ..provenance import Provenance
 from .moments import BLOCK, Moments, filled, first_not_finite
 from .pca import Spectrum, check_options, cut, descending
-from .provenance import Provenance
 
 _RIDGES = torch.logspace(-6, 1, 57, dtype=torch.float64)
 _SAME = "All gradients or all responses are the same, so there is nothing to decompose."

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import ElrondError
-from .gradients import Gradients
-from .provenance import Provenance
+from ..errors import ElrondError
+from ..gradients import Gradients
+from ..provenance import Provenance
 
 # Vectors of which copies in float64 are made at a time.
 BLOCK = 2048

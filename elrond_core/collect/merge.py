@@ -8,8 +8,8 @@ from itertools import combinations
 
 import torch
 
-from .errors import ElrondError
-from .gradients import Gradients
+from ..errors import ElrondError
+from ..gradients import Gradients
 
 # Lengths of one level's gradients that differ more than this are not on one scale.
 _SCALE = 10.0

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import scipy.linalg
 import torch
 
-from .directions import Directions, fix_signs
-from .errors import ElrondError
+from ..directions import Directions, fix_signs
+from ..errors import ElrondError
 
 # What rounding to float32 turns a direction by, in degrees, with room for directions that lie close to each other.
 _ROUNDING = 0.01

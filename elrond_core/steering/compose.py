@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import torch
 
-from .directions import Directions
-from .errors import ElrondError
+from ..directions import Directions
+from ..errors import ElrondError
 
 # What is left of a direction that the ones before it span is rounding.
 _SPANNED = 1e-4

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .directions import Directions
-from .errors import ElrondError
-from .tokens import occurrences
+from ..directions import Directions
+from ..errors import ElrondError
+from ..prompt import occurrences
 
 WORDS = (
     "red, orange, yellow, green, blue, purple, pink, brown, black, white, gray, colorful, dark, bright, large, small, "

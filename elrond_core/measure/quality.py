@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import torch
 
-from .errors import ElrondError
-from .gradients import Gradients
-from .pca import fit_pca
-from .seeding import generator
+from ..decompose.pca import fit_pca
+from ..errors import ElrondError
+from ..gradients import Gradients
+from ..seeding import generator
 from .subspace import orthonormal
 
 # Halvings of a kind; their mean is less at the mercy of one draw.
@@ -77,7 +77,7 @@ def split_half_quality(gradients: Gradients, *, significance: float = 2.5, seed:
 
     Args:
         gradients: at least four, of at least two sources and two targets.
-        significance: C of `elrond_core.pca.fit_pca`, which decides how many directions are meant.
+        significance: C of `elrond_core.decompose.pca.fit_pca`, which decides how many directions are meant.
         seed: fixes the halvings.
 
     Raises:

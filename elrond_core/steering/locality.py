@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import ElrondError
-from .gradients import Denoiser
-from .seeding import normal
+from ..collect.differentiate import Denoiser
+from ..errors import ElrondError
+from ..seeding import normal
 
 
 def answer_maps(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import ElrondError
+from ..errors import ElrondError
 
 _GRID = 32
 # Pictures whose pixels differ by this much (root mean square, of a range of 1) count as about half alike.

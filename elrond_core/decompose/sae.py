@@ -18,11 +18,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .directions import Directions
-from .errors import ElrondError
-from .gradients import Gradients
+from ..directions import Directions
+from ..errors import ElrondError
+from ..gradients import Gradients
+from ..seeding import generator
 from .moments import require_finite
-from .seeding import generator
 
 OnStep = Callable[[int, int, float], None]
 Check = Callable[[], None]

@@ -15,13 +15,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from . import __version__
-from .directions import Directions
-from .errors import ElrondError
-from .gradients import Gradients
-from .moments import Moments
-from .provenance import Provenance
-from .shards import write
+from .. import __version__
+from ..decompose.moments import Moments
+from ..directions import Directions
+from ..errors import ElrondError
+from ..gradients import Gradients
+from ..provenance import Provenance
+from .atomic_write import atomic_write
 
 FORMAT_VERSION = "1"
 NORM_TOLERANCE = 1e-3
@@ -189,7 +189,7 @@ def _write(
         raise ElrondError(f"Nothing was written: {error}") from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, content)
+        atomic_write(path, content)
     except OSError as error:
         raise ElrondError(f"{path.name} could not be written: {error.strerror or error}.") from error
 

@@ -7,9 +7,9 @@ from typing import Literal
 
 import torch
 
-from .directions import Directions, fix_signs
-from .errors import ElrondError
-from .gradients import Gradients
+from ..directions import Directions, fix_signs
+from ..errors import ElrondError
+from ..gradients import Gradients
 from .moments import Moments, require_finite
 
 Rule = Literal["width", "samples"]

@@ -1,0 +1,1 @@
+"""Collecting gradients: pairs of realizations, back-propagation, batches, checkpointing of activations."""

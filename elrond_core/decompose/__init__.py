@@ -1,0 +1,1 @@
+"""Gradients to directions: PCA, pullback metric, word contrasts, sparse autoencoder."""

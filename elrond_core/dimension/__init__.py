@@ -1,0 +1,1 @@
+"""How many independent ways a concept can vary: its local intrinsic dimension (LID)."""

@@ -1,0 +1,1 @@
+"""Measures of images and of directions: diversity, subspaces, quality of a sample."""

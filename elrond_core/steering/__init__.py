@@ -1,0 +1,1 @@
+"""Applying directions: steering, random draws, composition, labels, masks."""

@@ -1,0 +1,45 @@
+"""Adding a direction to the concept's rows."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import ElrondError
+
+
+def steer(conditioning: torch.Tensor, rows: tuple[int, ...], change: torch.Tensor) -> torch.Tensor:
+    """Add a change to a concept's rows.
+
+    Args:
+        conditioning: (B, T, d), any float dtype; not modified.
+        rows: the concept's R rows.
+        change: (R, d) for every entry alike, or (N, R, d), one an entry; B must then be 1 or N. A direction over one
+            row moves each of several rows alike.
+
+    Returns:
+        a new tensor (max(B, N), T, d) of the conditioning's dtype. A change of zero returns the rows bit by bit.
+
+    Raises:
+        ElrondError: if the widths or the numbers of rows or entries do not fit.
+    """
+    change = change if change.ndim == 3 else change[None]
+    if change.shape[2] != conditioning.shape[2]:
+        raise ElrondError(
+            f"The directions are {change.shape[2]} wide and the conditioning is {conditioning.shape[2]} wide: "
+            "they belong to another model family."
+        )
+    if change.shape[1] not in (1, len(rows)):
+        raise ElrondError(
+            f"The directions move a concept of {change.shape[1]} tokens, but this one has {len(rows)}; "
+            "encode the word the directions were made for."
+        )
+    count = max(len(conditioning), len(change))
+    if {len(conditioning), len(change)} - {1, count}:
+        raise ElrondError(f"{len(change)} changes do not fit a batch of {len(conditioning)} conditionings.")
+    out = conditioning.expand(count, -1, -1).clone()
+    change = change.to(out.device).expand(count, len(rows), -1)
+    moved = change.abs().amax(2) > 0
+    index = torch.tensor(rows, device=out.device)
+    steered = (out[:, index].float() + change.float()).to(out.dtype)
+    out[:, index] = torch.where(moved[..., None], steered, out[:, index])
+    return out

@@ -1,0 +1,1 @@
+"""Files: the format of directions and gradients, atomic writes, resumable collections."""

@@ -1,0 +1,52 @@
+"""The adapter to ComfyUI: the only folder, beside `demo/host_model`, that touches the host's internals."""
+
+from .conditioning import MARK, mark, marked, resized, steer_conditioning
+from .denoiser import HostDenoiser, visit
+from .features import image_features, through_features
+from .paths import file_folders, make_folders, output_folder, routes
+from .resume import HOST, kept_training, open_shards, training_device
+from .sampling import (
+    absent,
+    decode,
+    empty_latent,
+    progress,
+    sample,
+    sampler_names,
+    scheduler_names,
+    sigma_of,
+    stop_if_cancelled,
+)
+from .text import dropped_rows, encode, family_of, pieces_of
+
+__all__ = [
+    "HOST",
+    "MARK",
+    "HostDenoiser",
+    "absent",
+    "decode",
+    "dropped_rows",
+    "empty_latent",
+    "encode",
+    "family_of",
+    "file_folders",
+    "image_features",
+    "kept_training",
+    "make_folders",
+    "mark",
+    "marked",
+    "open_shards",
+    "output_folder",
+    "pieces_of",
+    "progress",
+    "resized",
+    "routes",
+    "sample",
+    "sampler_names",
+    "scheduler_names",
+    "sigma_of",
+    "steer_conditioning",
+    "stop_if_cancelled",
+    "through_features",
+    "training_device",
+    "visit",
+]

@@ -1,0 +1,117 @@
+"""What a piece of work depends on, and the folders in which its finished parts are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import comfy.clip_vision
+import comfy.ldm.modules.attention
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import torch
+
+from ...elrond_core import __version__
+from ...elrond_core.storage.fingerprint import NoFingerprintError, fingerprint
+from ...elrond_core.storage.shards import Shards, prune
+from .paths import output_folder
+
+try:
+    from comfyui_version import __version__ as _version
+except ImportError:
+    _version = "unknown"
+HOST = f"ComfyUI {_version}"
+
+
+def open_shards(model: Any, *values: Any) -> Shards | None:
+    """The kept batches of the work that a MODEL and everything else that determines it make, in the output folder.
+
+    Patches that nodes of other packs make may have no content that could be compared; then nothing is kept, and the
+    log says so.
+    """
+    attention = comfy.ldm.modules.attention.optimized_attention
+    about = (__version__, HOST, torch.__version__, comfy.model_management.get_torch_device_name(model.load_device))
+    try:
+        name = fingerprint(about, attention, model, values, content=_content)
+    except NoFingerprintError as error:
+        logging.warning(f"ELROND: this work cannot be continued after an interruption, since a {error}")
+        return None
+    root = output_folder() / "collections"
+    prune(root, name)
+    return Shards(root, name, lambda sentence: logging.warning(f"ELROND: {sentence}"))
+
+
+def training_device(size: int) -> torch.device:
+    """Where to train what takes `size` bytes: a CUDA device, if it has room once models gave way, or the processor."""
+    device = comfy.model_management.get_torch_device()
+    if device.type == "cuda":
+        comfy.model_management.free_memory(size, device)
+        if comfy.model_management.get_free_memory(device) >= size:
+            return device
+    return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def kept_training(*values: Any) -> Iterator[Path]:
+    """A file in the output folder for the state of a training that everything in `values` determines.
+
+    It is removed with its folder when the block ends, and stays for the next attempt when the block raises.
+    """
+    root = output_folder() / "trainings"
+    name = fingerprint(__version__, torch.__version__, values)
+    prune(root, name)
+    yield root / name / "training.safetensors"
+    shutil.rmtree(root / name, ignore_errors=True)
+
+
+# Attributes of a patcher that change what its model computes, as far as the host has them.
+_PATCHES = (
+    "patches",
+    "model_options",
+    "object_patches",
+    "weight_wrapper_patches",
+    "attachments",
+    "additional_models",
+    "callbacks",
+    "wrappers",
+    "injections",
+    "hook_patches",
+    "forced_hooks",
+    "force_cast_weights",
+    "load_device",
+)
+
+
+def _content(value: Any) -> Any:
+    """What a patcher's model computes, whether it is loaded and patched at the moment or not."""
+    if isinstance(value, comfy.sd.VAE):
+        return value.patcher, value.vae_dtype
+    if isinstance(value, comfy.clip_vision.ClipVisionModel):
+        return value.patcher, value.dtype, value.image_size, value.image_mean, value.image_std
+    if not isinstance(value, comfy.model_patcher.ModelPatcher):
+        return value
+    weights = dict(value.model.state_dict())
+    for key, backup in value.backup.items():
+        weights[key] = backup.weight.detach()
+    for key, backup in value.hook_backup.items():
+        weights[key] = backup[0].detach()
+    weights |= getattr(value, "backup_buffers", {})
+    for name in {*value.object_patches, *value.object_patches_backup}:
+        weights = {key: weight for key, weight in weights.items() if not key.startswith(f"{name}.")}
+        if name not in value.object_patches:
+            original = value.object_patches_backup[name]
+            if isinstance(original, torch.nn.Module):
+                weights |= {f"{name}.{key}": weight for key, weight in original.state_dict().items()}
+    config = getattr(value.model, "model_config", None)
+    return {
+        "class": type(value.model),
+        "weights": dict(sorted(weights.items())),
+        "config": (getattr(config, "unet_config", None), getattr(config, "sampling_settings", None)),
+        "dtype": (value.model_dtype(), getattr(value.model, "manual_cast_dtype", None)),
+        "patches": {name: getattr(value, name, None) for name in _PATCHES},
+    }

@@ -15,8 +15,8 @@ number of signals is that with the most weight. Only eigenvalues are needed, not
 That counts all that the gradients hold, and it counts linearly: an image whose one factor is a position runs along a
 curve that bends through many dimensions. How many ways there are to vary is a property of that curve, not of the
 space it bends through. The gradients towards one target, averaged over what was noised, place that realization among
-the others, as the concept's rows see them; in the coordinates of `elrond_core.decompose.response`, where a movement of the rows
-counts by the change it causes, the variance of the places along a component is that of the images along this change,
+the others, as the concept's rows see them; in the coordinates of `elrond_core.decompose.response`, where a movement of
+the rows counts by the change it causes, the variance of the places along a component is that of the images along this change,
 in latent values. Components count along which the places vary by a standard deviation of more than three quarters of a
 latent value, and by more than what scatter among the gradients could make of Gaussian places (Johnstone, 2008, for two
 covariances); each counts alike, however loud. A latent value itself varies by about one; at that, too few components of

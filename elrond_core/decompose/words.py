@@ -37,11 +37,11 @@ def fit_words(
 
     For the move δ from one word to another, λ = δᵀCδ / (δᵀ(M + ridge)δ + 0.4/n²) is the variance of the images along
     the change that δ causes (`elrond_core.decompose.response`), with a tenth of a unit of change added, so that two
-    words which hardly differ do not make a pair. Two words that say different things, such as green and small, span an axis as
-    well, but one that moves both; so only words whose own moves change the image in opposite ways make a pair (cosine
-    below -0.25 under M + ridge), and λ counts by (1 - cosine)/2. The pair of the largest becomes a direction; its words
-    and the variance it explains are taken away, and so on. What an axis shares with those before it thus counts for
-    nothing, while it still counts as change: a pair that also moves what a louder one moves comes late.
+    words which hardly differ do not make a pair. Two words that say different things, such as green and small, span an
+    axis as well, but one that moves both; so only words whose own moves change the image in opposite ways make a pair
+    (cosine below -0.25 under M + ridge), and λ counts by (1 - cosine)/2. The pair of the largest becomes a direction;
+    its words and the variance it explains are taken away, and so on. What an axis shares with those before it thus
+    counts for nothing, while it still counts as change: a pair that also moves what a louder one moves comes late.
 
     Args:
         gradients: gradients with their response.

@@ -13,16 +13,17 @@ ever reaches; if one does, each draw is weighed by how likely it makes the eigen
 number of signals is that with the most weight. Only eigenvalues are needed, not the gradients, so that moments will do.
 
 That counts all that the gradients hold, and it counts linearly: an image whose one factor is a position runs along a
-curve that bends through many dimensions. How many ways there are to vary is a property of that curve, not of the
-space it bends through. The gradients towards one target, averaged over what was noised, place that realization among
-the others, as the concept's rows see them; in the coordinates of `elrond_core.decompose.response`, where a movement of
-the rows counts by the change it causes, the variance of the places along a component is that of the images along this change,
-in latent values. Components count along which the places vary by a standard deviation of more than three quarters of a
-latent value, and by more than what scatter among the gradients could make of Gaussian places (Johnstone, 2008, for two
-covariances); each counts alike, however loud. A latent value itself varies by about one; at that, too few components of
-concepts of many ways count. If every realization is noised by itself, the places scatter with all that differs between
-one noised realization and another, most of all in distilled models, whose estimates look like images from the first
-step on. So compare a few noised realizations with all the others: what they answer is then the same for all places.
+curve that bends through many dimensions. How many ways there are to vary is a property of that curve, not of the space
+it bends through. The gradients towards one target, averaged over what was noised, place that realization among the
+others, as the concept's rows see them; in the coordinates of `elrond_core.decompose.response`, where a movement of the
+rows counts by the change it causes, the variance of the places along a component is that of the images along this
+change, in latent values. Components count along which the places vary by a standard deviation of more than three
+quarters of a latent value, and by more than what scatter among the gradients could make of Gaussian places (Johnstone,
+2008, for two covariances); each counts alike, however loud. A latent value itself varies by about one; at that, too few
+components of concepts of many ways count. If every realization is noised by itself, the places scatter with all that
+differs between one noised realization and another, most of all in distilled models, whose estimates look like images
+from the first step on. So compare a few noised realizations with all the others: what they answer is then the same for
+all places.
 
 The places have a correlation dimension (Grassberger and Procaccia, 1983, "Measuring the strangeness of strange
 attractors"): how fast the number of neighbours grows with the radius. Points in a box with sides fall short of its

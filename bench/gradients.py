@@ -41,7 +41,7 @@ from comfyui_elrond.elrond_core.seeding import normal  # noqa: E402
 from comfyui_elrond.nodes import host  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "gradients.json"
-README = Path(__file__).parents[1] / "README.md"
+MODELS = Path(__file__).parents[1] / "docs" / "models.md"
 CPU, DEVICE = torch.device("cpu"), comfy.model_management.get_torch_device()
 ON_GPU = DEVICE.type == "cuda"
 TOKENS, WIDTH, POOLED, ROW = 77, 2048, 1280, 3
@@ -64,8 +64,8 @@ def keep(**figures: Any) -> None:
 
 
 def families() -> int:
-    """Model families in the README's table, which a test holds against those that it proves."""
-    table = README.read_text(encoding="utf-8").split("| family | ComfyUI's class |")[1].split("\n\n")[0]
+    """Model families in the table of docs/models.md, which a test holds against those that it proves."""
+    table = MODELS.read_text(encoding="utf-8").split("| family | ComfyUI's class |")[1].split("\n\n")[0]
     return sum(line.startswith("| ") for line in table.splitlines()[2:])
 
 

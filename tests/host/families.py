@@ -29,8 +29,8 @@ class Family:
     """How to build a family.
 
     Attributes:
-        name: as the README's table has it.
-        encoder: what makes the rows of its prompts, as the README's table has it.
+        name: as the table of docs/models.md has it.
+        encoder: what makes the rows of its prompts, as the table of docs/models.md has it.
         config: the host's class in `comfy.supported_models`.
         unet: the small configuration of its network.
         latent: shape of one latent, channels first.

@@ -41,8 +41,8 @@ from sampling import sample
 
 NAMED = {family.name: family for family in FAMILIES}
 SD, SDXL, FLUX = NAMED["SD 1.x"], NAMED["SDXL"], NAMED["Flux dev"]
-README = Path(__file__).parents[2] / "README.md"
-README_TABLE = "| family | ComfyUI's class | rows of a prompt |\n| --- | --- | --- |\n" + "".join(
+MODELS = Path(__file__).parents[2] / "docs" / "models.md"
+FAMILIES_TABLE = "| family | ComfyUI's class | rows of a prompt |\n| --- | --- | --- |\n" + "".join(
     f"| {family.name} | `{family.config}` | {family.encoder} |\n" for family in FAMILIES
 )
 
@@ -194,8 +194,10 @@ def test_empty_latents_have_the_size_asked_for(name: str, cell: int) -> None:
     assert empty.shape == (3, NAMED[name].latent[0], *NAMED[name].latent[1:-2], 256 // cell, 512 // cell)
 
 
-def test_readme_lists_the_families_proven_here() -> None:
-    assert README_TABLE in README.read_text(encoding="utf-8"), f"Put this table into README.md:\n{README_TABLE}"
+def test_the_models_page_lists_the_families_proven_here() -> None:
+    assert FAMILIES_TABLE in MODELS.read_text(encoding="utf-8"), (
+        f"Put this table into docs/models.md:\n{FAMILIES_TABLE}"
+    )
 
 
 @pytest.mark.parametrize(

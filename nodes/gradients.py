@@ -165,13 +165,13 @@ class CollectGradients(io.ComfyNode):
         check_guidance(cfg, negative is not None)
         enough = Sufficient(target_quality, count) if target_quality else None
         _check_features(vae is not None, clip_vision is not None)
-        _, memory = host.marked(positive)
-        concept = memory["concepts"][0]
-        if remove_common and not set(memory["words"]) - set(concept.rows):
+        _, marked = host.marked(positive)
+        concept = marked.concepts[0]
+        if remove_common and not set(marked.words) - set(concept.rows):
             raise ElrondError("The prompt has no words beside the concept: switch remove_common off, or add some.")
         provenance = Provenance(
-            family=memory["family"],
-            prompt=memory["prompt"],
+            family=marked.family,
+            prompt=marked.prompt,
             concept=concept.word,
             tokens=concept.tokens,
             rows=concept.rows,

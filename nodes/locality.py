@@ -10,7 +10,6 @@ from comfy_api.latest import io
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.steering.locality import answer_maps, measure_leak, region
 from . import host
-from .steering import find_concept
 from .types import seed_input
 
 
@@ -81,9 +80,9 @@ class ConceptMask(io.ComfyNode):
         concept: str,
     ) -> io.NodeOutput:
         """Look under the host's model management."""
-        memory = host.marked(positive)[1]
-        concepts = list(memory["concepts"])
-        concepts.insert(0, concepts.pop(find_concept(memory, concept)))
+        _, prompt = host.marked(positive)
+        concepts = list(prompt.concepts)
+        concepts.insert(0, concepts.pop(prompt.index_of(concept)))
         latents = samples["samples"]
         sigma = host.sigma_of(model, noise_level)
         update = host.progress(len(latents))

@@ -41,30 +41,13 @@ _MASK = io.Mask.Input(
 )
 
 
-def concept_and_norm(memory: dict[str, Any], directions: Directions, wanted: str) -> tuple[Concept, float]:
+def concept_and_norm(prompt: host.MarkedPrompt, directions: Directions, wanted: str) -> tuple[Concept, float]:
     """The concept to steer and its token norm, once it is clear that the directions fit the prompt's model family."""
     family = directions.provenance.family
-    if family and family != memory["family"]:
-        mine = memory["family"]
-        raise ElrondError(f"These directions were made for {family}, but the prompt was encoded for {mine}.")
-    place = find_concept(memory, wanted, directions.provenance.concept)
-    return memory["concepts"][place], memory["norms"][place]
-
-
-def find_concept(memory: dict[str, Any], wanted: str, usual: str = "") -> int:
-    """The number of the concept a user names, or else of the usual one, or else of the first."""
-    concepts: tuple[Concept, ...] = memory["concepts"]
-    wanted = wanted.strip()
-    names: list[str] = []
-    for concept in concepts:
-        word = concept.word.lower()
-        names += [word, f"{word} #{names.count(word) + 1}"]
-    if (wanted or usual).lower() in names:
-        return names.index((wanted or usual).lower()) // 2
-    if wanted:
-        marked = ", ".join(repr(c.word) for c in concepts)
-        raise ElrondError(f"The prompt has no marked concept {wanted!r}; it has {marked}.")
-    return 0
+    if family and family != prompt.family:
+        raise ElrondError(f"These directions were made for {family}, but the prompt was encoded for {prompt.family}.")
+    index = prompt.index_of(wanted, directions.provenance.concept)
+    return prompt.concepts[index], prompt.norms[index]
 
 
 class ApplyDirection(io.ComfyNode):
@@ -132,8 +115,8 @@ class ApplyDirection(io.ComfyNode):
         chosen = strengths_of(strengths) or {index: strength}
         vector = torch.stack([amount * directions.pick(i) for i, amount in chosen.items()]).sum(0)
 
-        def change(memory: dict[str, Any]) -> tuple[tuple[int, ...], torch.Tensor]:
-            found, norm = concept_and_norm(memory, directions, concept)
+        def change(prompt: host.MarkedPrompt) -> tuple[tuple[int, ...], torch.Tensor]:
+            found, norm = concept_and_norm(prompt, directions, concept)
             return found.rows, (norm if unit == RELATIVE else 1.0) * vector
 
         return io.NodeOutput(host.steer_conditioning(conditioning, change, start, end, mask))
@@ -251,8 +234,8 @@ class Diversify(io.ComfyNode):
         )
         changes = torch.stack([change_of(directions, draw) for draw in draws])
 
-        def change(memory: dict[str, Any]) -> tuple[tuple[int, ...], torch.Tensor]:
-            found, norm = concept_and_norm(memory, directions, concept)
+        def change(prompt: host.MarkedPrompt) -> tuple[tuple[int, ...], torch.Tensor]:
+            found, norm = concept_and_norm(prompt, directions, concept)
             return found.rows, (norm if unit == RELATIVE else 1.0) * changes
 
         lines = [f"image {i}: {_what(directions, draw, unit)}" for i, draw in enumerate(draws)]

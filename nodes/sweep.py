@@ -184,8 +184,8 @@ def _steered(
     out = []
     for some in strengths:
 
-        def change(memory: dict[str, Any], some: torch.Tensor = some) -> tuple[tuple[int, ...], torch.Tensor]:
-            found, norm = concept_and_norm(memory, directions, concept)
+        def change(prompt: host.MarkedPrompt, some: torch.Tensor = some) -> tuple[tuple[int, ...], torch.Tensor]:
+            found, norm = concept_and_norm(prompt, directions, concept)
             scale = norm if unit == RELATIVE else 1.0
             return found.rows, scale * some[:, None, None] * directions.pick(index)
 

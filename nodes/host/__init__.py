@@ -1,6 +1,6 @@
 """The adapter to ComfyUI: the only folder, beside `demo/host_model`, that touches the host's internals."""
 
-from .conditioning import MARK, mark, marked, resized, steer_conditioning
+from .conditioning import MARK, MarkedPrompt, mark, marked, resized, steer_conditioning
 from .denoiser import HostDenoiser, visit
 from .features import image_features, through_features
 from .paths import file_folders, make_folders, output_folder, routes
@@ -22,6 +22,7 @@ __all__ = [
     "HOST",
     "MARK",
     "HostDenoiser",
+    "MarkedPrompt",
     "absent",
     "decode",
     "dropped_rows",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.utils
@@ -13,9 +14,49 @@ from ...elrond_core.errors import ElrondError
 from ...elrond_core.prompt import Concept
 from ...elrond_core.steering.apply import steer
 
-# The key under which a conditioning entry remembers its concepts; the host passes unknown keys through.
+# The key under which an entry holds its `MarkedPrompt`. The host passes unknown keys through.
 MARK = "elrond"
 Conditioning = list[list[Any]]
+
+
+@dataclass(frozen=True)
+class MarkedPrompt:
+    """What a conditioning entry remembers about its prompt.
+
+    Attributes:
+        family: the model family, as the text encoder names it.
+        prompt: the encoded text.
+        concepts: the marked concepts, in order; at least one.
+        norms: for each concept the mean norm of its rows before any steering. Relative strengths are multiples of it,
+            whatever the order of steps.
+        words: the rows of all the prompt's words, those of the concepts included.
+    """
+
+    family: str
+    prompt: str
+    concepts: tuple[Concept, ...]
+    norms: tuple[float, ...]
+    words: tuple[int, ...] = ()
+
+    def index_of(self, name: str, default: str = "") -> int:
+        """The number of the concept with this name; without a name, of the default one, or else of the first.
+
+        The second of two equal words is named "word #2".
+
+        Raises:
+            ElrondError: if the prompt has no concept of this name.
+        """
+        name = name.strip()
+        names: list[str] = []
+        for concept in self.concepts:
+            word = concept.word.lower()
+            names += [word, f"{word} #{names.count(word) + 1}"]
+        if (name or default).lower() in names:
+            return names.index((name or default).lower()) // 2
+        if name:
+            marked = ", ".join(repr(c.word) for c in self.concepts)
+            raise ElrondError(f"The prompt has no marked concept {name!r}; it has {marked}.")
+        return 0
 
 
 def mark(
@@ -23,19 +64,13 @@ def mark(
 ) -> Conditioning:
     """A conditioning that remembers which rows are its concepts', and which are the prompt's words'."""
     rows = conditioning[0][0][0].float()
-    memory = {
-        "family": family,
-        "prompt": prompt,
-        "concepts": tuple(concepts),
-        "words": words,
-        # Kept from before any steering, so that strengths relative to it do not depend on the order of steps.
-        "norms": tuple(float(rows[list(c.rows)].norm(dim=-1).mean()) for c in concepts),
-    }
-    return [[tensor, {**options, MARK: memory}] for tensor, options in conditioning]
+    norms = tuple(float(rows[list(c.rows)].norm(dim=-1).mean()) for c in concepts)
+    prompt_mark = MarkedPrompt(family, prompt, tuple(concepts), norms, words)
+    return [[tensor, {**options, MARK: prompt_mark}] for tensor, options in conditioning]
 
 
-def marked(conditioning: Conditioning) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The first entry that remembers a concept: its rows' tensor and its memory.
+def marked(conditioning: Conditioning) -> tuple[torch.Tensor, MarkedPrompt]:
+    """The first entry that remembers a concept: its tensor (1, T, d) and its marked prompt.
 
     Raises:
         ElrondError: if none does.
@@ -48,7 +83,7 @@ def marked(conditioning: Conditioning) -> tuple[torch.Tensor, dict[str, Any]]:
 
 def steer_conditioning(
     conditioning: Conditioning,
-    change: Callable[[dict[str, Any]], tuple[tuple[int, ...], torch.Tensor]],
+    change: Callable[[MarkedPrompt], tuple[tuple[int, ...], torch.Tensor]],
     start: float,
     end: float,
     mask: torch.Tensor | None = None,
@@ -57,7 +92,7 @@ def steer_conditioning(
 
     Args:
         conditioning: entries, of which those without a mark pass through.
-        change: from an entry's memory, the rows and the change (see `elrond_core.steering.steer`).
+        change: from an entry's marked prompt, the rows and the change (see `elrond_core.steering.steer`).
         start: share of the sampling at which steering starts, 0 to 1.
         end: share at which it ends.
         mask: MASK in [0, 1], of any size, where in the image to steer; None is everywhere.

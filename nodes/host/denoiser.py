@@ -47,8 +47,8 @@ class HostDenoiser:
         entry = next(entry for entry in guider.conds["positive"] if MARK in entry)
         self._entry = entry
         self._encoded: torch.Tensor = entry["cross_attn"]
-        own = entry[MARK]["concepts"][0].rows
-        others = tuple(row for row in entry[MARK]["words"] if row not in own) if words else ()
+        own = entry[MARK].concepts[0].rows
+        others = tuple(row for row in entry[MARK].words if row not in own) if words else ()
         # Where in the conditioning the rows are.
         self.order = own + others
         self._index = torch.tensor(self.order)

@@ -201,9 +201,9 @@ def test_rows_that_an_encoder_appends_move_no_concept(
         with torch.inference_mode():
             marked = nodes["ElrondEncodeConcept"].execute(teacher.clip, "a thing and a [thing]", "", 1).args[0]
             memory = host.marked(marked)[1]
-            origin = Provenance("Demo", "a thing and a thing", "thing", rows=memory["concepts"][0].rows)
+            origin = Provenance("Demo", "a thing and a thing", "thing", rows=memory.concepts[0].rows)
             rows = labels._rows(teacher.clip, "a thing and a thing", "thing", 1)
-            return memory["concepts"], memory["words"], labels._occurrence(teacher.clip, origin), rows.tolist()
+            return memory.concepts, memory.words, labels._occurrence(teacher.clip, origin), rows.tolist()
 
     expected, usual = found(), host.encode
 
@@ -240,7 +240,7 @@ def test_directions_between_words_are_kept_and_steer(
     assert loaded.names == found.names and loaded.reach == found.reach
     torch.testing.assert_close(loaded.vectors, found.vectors)
 
-    row, plain = teacher.positive[0][1][host.MARK]["concepts"][0].rows[0], teacher.positive[0][0][0]
+    row, plain = teacher.positive[0][1][host.MARK].concepts[0].rows[0], teacher.positive[0][0][0]
     steered = nodes["ElrondApplyDirection"].execute(teacher.positive, loaded, 0, 2.0, "absolute", 0.0, 1.0, "").args[0]
     torch.testing.assert_close(steered[0][0][0, row] - plain[row], 2 * found.vectors[0, 0], rtol=0, atol=1e-5)
     settings = ("token norms", 1, 0, True, 0.0, 1.0, "")

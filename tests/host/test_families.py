@@ -94,7 +94,7 @@ def error_of(family: Family, model: Any, positive: Any = None, negative: Any = N
 
 
 def steered(positive: Any, change: torch.Tensor) -> Any:
-    return host.steer_conditioning(positive, lambda memory: (memory["concepts"][0].rows, change), 0.0, 1.0)
+    return host.steer_conditioning(positive, lambda memory: (memory.concepts[0].rows, change), 0.0, 1.0)
 
 
 def assert_view_is_the_sampler(family: Family, model: Any, positive: Any, negative: Any = None) -> None:

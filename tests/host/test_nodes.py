@@ -74,7 +74,7 @@ def test_rows_of_awkward_words(
     nodes: dict[str, Any], teacher: SimpleNamespace, prompt: str, concept: str, which: int, rows: list[int]
 ) -> None:
     marked, _ = encode(nodes, teacher, prompt, concept, which)
-    assert list(host.marked(marked)[1]["concepts"][0].rows) == rows
+    assert list(host.marked(marked)[1].concepts[0].rows) == rows
 
 
 @pytest.mark.parametrize(

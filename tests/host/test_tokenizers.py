@@ -193,7 +193,7 @@ def encode(clip: Any, prompt: str, concept: str = "", occurrence: int = 1) -> tu
     """(T, d) rows of a prompt and its first concept."""
     marked = EncodeConcept.execute(clip, prompt, concept, occurrence).args[0]
     tensor, memory = host.marked(marked)
-    return tensor[0], memory["concepts"][0]
+    return tensor[0], memory.concepts[0]
 
 
 def assert_rows(family: str, encoded: torch.Tensor, other: torch.Tensor, rows: tuple[int, ...]) -> None:
@@ -272,7 +272,7 @@ def test_one_of_several_rows(family: str) -> None:
 
     def row(number: int) -> Any:
         marked = EncodeConcept.execute(load(family), "a [chiaroscuro] dog", "", 1, number).args[0]
-        return host.marked(marked)[1]["concepts"][0]
+        return host.marked(marked)[1].concepts[0]
 
     for place in range(len(whole.rows)):
         assert row(place + 1) == Concept("chiaroscuro", whole.rows[place : place + 1], whole.tokens[place : place + 1])

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.steering import compose
-from .types import DirectionsIO, verdict
+from .types import DirectionsIO, first_error
 
 _SUBSET, _SUM, _ORTHOGONAL = "subset", "weighted sum", "orthogonalise"
 
@@ -61,7 +61,7 @@ class ComposeDirections(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, which: str | None = None, weights: str | None = None) -> bool | str:
         """Refuse what can be seen to be wrong before anything is computed."""
-        return verdict((compose.indices_of, which, compose.ANY_COUNT), (compose.numbers_of, weights))
+        return first_error((compose.indices_of, which, compose.ANY_COUNT), (compose.numbers_of, weights))
 
     @classmethod
     def execute(

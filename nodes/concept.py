@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.prompt import bracketed, find_concept
 from . import host
-from .types import verdict
+from .types import first_error
 
 
 class EncodeConcept(io.ComfyNode):
@@ -62,7 +62,7 @@ class EncodeConcept(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, prompt: str | None = None, concept: str | None = None) -> bool | str:
         """Refuse what can be seen to be wrong before anything is computed."""
-        return verdict((_concepts, prompt, concept))
+        return first_error((_concepts, prompt, concept))
 
     @classmethod
     def execute(cls, clip: object, prompt: str, concept: str, occurrence: int, row: int = 0) -> io.NodeOutput:

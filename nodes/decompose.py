@@ -15,7 +15,7 @@ from ..elrond_core.decompose.response import fit_response
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.gradients import Gradients
 from . import host
-from .types import DirectionsIO, GradientsIO, image, seed_input, verdict
+from .types import DirectionsIO, GradientsIO, first_error, image, seed_input
 
 _SIGNIFICANCE = io.Float.Input(
     "significance",
@@ -174,7 +174,7 @@ class TrainSAE(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, lowest_density: float | None = None, highest_density: float | None = None) -> bool | str:
         """Refuse what can be seen to be wrong before anything is computed."""
-        return verdict((_check_densities, lowest_density, highest_density))
+        return first_error((_check_densities, lowest_density, highest_density))
 
     @classmethod
     def execute(

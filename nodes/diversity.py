@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.measure import diversity
 from . import host
-from .types import verdict
+from .types import first_error
 
 
 class MeasureDiversity(io.ComfyNode):
@@ -64,7 +64,7 @@ class MeasureDiversity(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, text: str | None = None, clip_vision: Any = False, clip: Any = False) -> bool | str:
         """Refuse what can be seen to be wrong before anything is computed; an input that is wired is None."""
-        return verdict((_check_text, text, clip_vision is None, clip is None))
+        return first_error((_check_text, text, clip_vision is None, clip is None))
 
     @classmethod
     def execute(cls, images: torch.Tensor, clip_vision: Any = None, text: str = "", clip: Any = None) -> io.NodeOutput:

@@ -12,7 +12,7 @@ from ..elrond_core.errors import ElrondError
 from ..elrond_core.gradients import Gradients
 from ..elrond_core.storage import format as files
 from . import host
-from .types import DirectionsIO, GradientsIO, verdict
+from .types import DirectionsIO, GradientsIO, first_error
 
 SUFFIX = ".safetensors"
 
@@ -65,7 +65,7 @@ def _fingerprint(kind: str, name: str) -> str:
 
 def _good_name(kind: str, name: str | None) -> bool | str:
     """True, or why a file cannot be saved under this name; None is a name that is wired and not known yet."""
-    return verdict((files.safe_path, host.output_folder() / kind, name, SUFFIX))
+    return first_error((files.safe_path, host.output_folder() / kind, name, SUFFIX))
 
 
 def _name_input(what: str) -> io.String.Input:
@@ -135,7 +135,7 @@ class LoadDirections(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, name: str | None) -> bool | str:
         """Files that appeared after the node list was read are welcome; ones that are not there are named."""
-        return verdict((find, "directions", name))
+        return first_error((find, "directions", name))
 
     @classmethod
     def fingerprint_inputs(cls, name: str) -> str:
@@ -211,7 +211,7 @@ class LoadGradients(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, name: str | None) -> bool | str:
         """Files that appeared after the node list was read are welcome; ones that are not there are named."""
-        return verdict((find, "gradients", name))
+        return first_error((find, "gradients", name))
 
     @classmethod
     def fingerprint_inputs(cls, name: str) -> str:

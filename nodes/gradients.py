@@ -14,7 +14,7 @@ from ..elrond_core.gradients import Gradients
 from ..elrond_core.measure.quality import Sufficient
 from ..elrond_core.provenance import Provenance
 from . import host
-from .types import GradientsIO, check_guidance, seed_input, verdict
+from .types import GradientsIO, check_guidance, first_error, seed_input
 
 
 class CollectGradients(io.ComfyNode):
@@ -133,7 +133,7 @@ class CollectGradients(io.ComfyNode):
         clip_vision: Any = False,
     ) -> bool | str:
         """Refuse what can be seen to be wrong before anything is computed; an input that is wired is None."""
-        return verdict(
+        return first_error(
             (check_guidance, cfg, negative is None),
             (_levels, more_levels),
             (_check_features, vae is None, clip_vision is None),

@@ -18,7 +18,7 @@ from ..elrond_core.provenance import Provenance
 from ..elrond_core.steering import labels
 from ..elrond_core.steering.compose import renamed
 from . import host
-from .types import DirectionsIO, GradientsIO, verdict
+from .types import DirectionsIO, GradientsIO, first_error
 
 _WORDS = io.String.Input(
     "words",
@@ -105,7 +105,7 @@ class FitWords(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, words: str | None = None) -> bool | str:
         """Refuse what can be seen to be wrong before anything is computed."""
-        return verdict((labels.words_of, words))
+        return first_error((labels.words_of, words))
 
     @classmethod
     def execute(cls, gradients: Gradients, clip: Any, words: str, significance: float, most: int) -> io.NodeOutput:
@@ -160,7 +160,7 @@ class LabelDirections(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, words: str | None = None) -> bool | str:
         """Refuse what can be seen to be wrong before anything is computed."""
-        return verdict((labels.words_of, words))
+        return first_error((labels.words_of, words))
 
     @classmethod
     def execute(

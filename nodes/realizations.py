@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from . import host
-from .types import check_guidance, seed_input, verdict
+from .types import check_guidance, first_error, seed_input
 
 
 class SampleRealizations(io.ComfyNode):
@@ -58,7 +58,7 @@ class SampleRealizations(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, cfg: float | None = None, negative: Any = False) -> bool | str:
         """Refuse what can be seen to be wrong before anything is computed; an input that is wired is None."""
-        return verdict((check_guidance, cfg, negative is None))
+        return first_error((check_guidance, cfg, negative is None))
 
     @classmethod
     def execute(

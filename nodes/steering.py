@@ -25,7 +25,7 @@ from ..elrond_core.steering.draws import (
     parts_of,
 )
 from . import host
-from .types import ABSOLUTE, CONCEPT_INPUT, RELATIVE, UNIT_INPUT, DirectionsIO, seed_input, verdict
+from .types import ABSOLUTE, CONCEPT_INPUT, RELATIVE, UNIT_INPUT, DirectionsIO, first_error, seed_input
 
 _START = io.Float.Input(
     "start", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Share of the sampling at which steering starts."
@@ -95,7 +95,7 @@ class ApplyDirection(io.ComfyNode):
         cls, start: float | None = None, end: float | None = None, strengths: str | None = None
     ) -> bool | str:
         """Refuse what can be seen to be wrong before anything is computed."""
-        return verdict((strengths_of, strengths), (check_share, start, end))
+        return first_error((strengths_of, strengths), (check_share, start, end))
 
     @classmethod
     def execute(
@@ -195,7 +195,7 @@ class Diversify(io.ComfyNode):
         end: float | None = None,
     ) -> bool | str:
         """Refuse what can be seen to be wrong before anything is computed."""
-        return verdict((check_strengths, lowest, highest), (check_share, start, end))
+        return first_error((check_strengths, lowest, highest), (check_share, start, end))
 
     @classmethod
     def execute(

@@ -13,7 +13,7 @@ from ..elrond_core.sheets import contact_sheet, save_strip
 from ..elrond_core.steering.compose import ANY_COUNT, indices_of
 from . import host
 from .steering import concept_and_norm
-from .types import CONCEPT_INPUT, RELATIVE, UNIT_INPUT, DirectionsIO, check_guidance, image, seed_input, verdict
+from .types import CONCEPT_INPUT, RELATIVE, UNIT_INPUT, DirectionsIO, check_guidance, first_error, image, seed_input
 
 _SHOWN = 8
 
@@ -96,7 +96,7 @@ class DirectionSweep(io.ComfyNode):
         negative: Any = False,
     ) -> bool | str:
         """Refuse what can be seen to be wrong before anything is computed; an input that is wired is None."""
-        return verdict(
+        return first_error(
             (_check_range, lowest, highest), (indices_of, which, ANY_COUNT), (check_guidance, cfg, negative is None)
         )
 

@@ -30,12 +30,12 @@ CONCEPT_INPUT = io.String.Input(
 )
 
 
-def verdict(*checks: tuple[Any, ...]) -> bool | str:
-    """What `validate_inputs` answers: True, or the sentence with which the first of some checks refuses.
+def first_error(*checks: tuple[Any, ...]) -> bool | str:
+    """The answer of `validate_inputs`: True if all checks pass, else the message of the first that fails.
 
     Args:
-        checks: each a function that raises ElrondError, and its arguments. A check of an argument that is None is left
-            out: that is an input that is wired, whose value is not known yet.
+        checks: each a function that raises ElrondError, followed by its arguments. A check with an argument that is
+            None is skipped: the value of a wired input is not known yet.
     """
     try:
         for check, *values in checks:

@@ -14,8 +14,11 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent
 TORCH = ("torch==2.14.1", "torchvision==0.29.1")
@@ -161,15 +164,27 @@ def demo(arguments: Sequence[str]) -> int:
 
 
 def test(arguments: Sequence[str]) -> int:
-    """Run every check, also after one failed; 0 if all passed."""
-    checks = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",), ("pytest", *arguments))
+    """Run every check, also after one failed; 0 if all passed. The last lines say which tests were skipped, and why."""
     failed = []
-    for check in checks:
-        say(" ".join(check))
-        if run(*check):
-            failed.append(check[0])
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "tests.xml"
+        tests = ("pytest", f"--junit-xml={report}", *arguments)
+        for check in (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",), tests):
+            say(" ".join(check))
+            if run(*check):
+                failed.append(check[0])
+        for reason, count in skipped(report):
+            say(f"Skipped {count} {'test' if count == 1 else 'tests'}: {reason}")
     say(f"Failed: {', '.join(failed)}" if failed else "All checks passed")
     return int(bool(failed))
+
+
+def skipped(report: Path) -> list[tuple[str, int]]:
+    """Reasons for which tests were skipped, each with its count, from pytest's JUnit report (empty without one)."""
+    if not report.is_file():
+        return []
+    reasons = [skip.get("message", "") for skip in ElementTree.parse(report).iter("skipped")]
+    return Counter(reasons).most_common()
 
 
 def say(line: str) -> None:

@@ -1,6 +1,7 @@
 """The set-up script, with nothing installed and nothing fetched; and what the packaging files must agree on."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import dev
+
+INSTALL_CHROMIUM = "apt-get install --yes --no-install-recommends chromium"
 
 
 @pytest.fixture
@@ -147,9 +150,40 @@ def test_every_check_runs_and_one_failure_fails_all(monkeypatch):
     monkeypatch.setattr(dev, "run", lambda *command: ran.append(command) or command[0] == "mypy")
     assert dev.main(["test", "-k", "name"]) == 1
     assert [command[0] for command in ran] == ["ruff", "ruff", "mypy", "pytest"]
-    assert ran[-1] == ("pytest", "-k", "name")
+    assert ran[-1][0] == "pytest" and ran[-1][2:] == ("-k", "name")
     monkeypatch.setattr(dev, "run", lambda *command: 0)
     assert dev.main(["test"]) == 0
+
+
+def test_the_last_lines_say_what_was_skipped(monkeypatch, capsys, tmp_path):
+    (tmp_path / "test_two.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('i', [1, 2])\ndef test(i): pytest.skip('Install <Chromium>.')\n"
+    )
+
+    def pytest_only(module: str, *arguments: str) -> int:
+        if module != "pytest":
+            return 0
+        return subprocess.run([sys.executable, "-m", module, *arguments], cwd=tmp_path, check=False).returncode
+
+    monkeypatch.setattr(dev, "set_up", lambda: None)
+    monkeypatch.setattr(dev, "run", pytest_only)
+    assert dev.main(["test", "-q"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "== Skipped 2 tests: Install <Chromium>.",
+        "== All checks passed",
+    ]
+
+
+@pytest.mark.parametrize("name", ["ComfyUI-ELROND", "my elrond (1)"])
+def test_a_clone_may_have_any_name(name, tmp_path):
+    """Ruff takes a folder with an `__init__.py` for a module and checks its name."""
+    clone = tmp_path / name
+    clone.mkdir()
+    for file in ("pyproject.toml", "__init__.py", "dev.py", "elrond_core/__init__.py", "tests/conftest.py"):
+        (clone / file).parent.mkdir(exist_ok=True)
+        shutil.copy(dev.ROOT / file, clone / file)
+    ruff = [sys.executable, "-m", "ruff", "check", "--no-cache", "."]
+    assert subprocess.run(ruff, cwd=clone, check=False).returncode == 0
 
 
 def test_the_demo_gets_its_arguments_and_returns_its_code(monkeypatch):
@@ -172,8 +206,31 @@ def test_no_command_explains_itself(capsys):
     assert "python dev.py demo" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(os.name == "nt", reason="the file mode is a Unix matter")
-def test_ci_runs_the_tests():
+@pytest.mark.skipif(os.name == "nt", reason=".ci/run is a shell script.")
+@pytest.mark.parametrize(
+    ("programs", "expected"),
+    [
+        (
+            {"apt-get": 0},
+            ["apt-get update", "apt-get install --yes --no-install-recommends chromium", "python3 dev.py test"],
+        ),
+        ({"apt-get": 1}, ["apt-get update", "python3 dev.py test"]),
+        ({"apt-get": 0, "google-chrome": 0}, ["python3 dev.py test"]),
+        ({}, ["python3 dev.py test"]),
+    ],
+    ids=["installed", "cannot be installed", "there already", "no apt-get"],
+)
+def test_ci_installs_chromium_and_runs_the_tests(programs, expected, tmp_path):
+    """Programs in a folder of their own note how they are called and exit with the code given."""
+    bash, log, folder = shutil.which("bash"), tmp_path / "log", tmp_path / "programs"
+    folder.mkdir()
+    for name, code in {**programs, "python3": 0, "sudo": 0}.items():
+        passing = 'shift; exec "$@"' if name == "sudo" else f'echo "{name} $*" >>"{log}"; exit {code}'
+        (folder / name).write_text(f"#!{bash}\n{passing}\n")
+        (folder / name).chmod(0o755)
+    for name in ("id", "dirname"):
+        (folder / name).symlink_to(shutil.which(name))
     script = dev.ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert "python3 dev.py test" in script.read_text()
+    assert subprocess.run([bash, str(script)], env={"PATH": str(folder)}, check=False).returncode == 0
+    assert log.read_text().splitlines() == expected

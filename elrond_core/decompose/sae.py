@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from ..directions import Directions
 from ..errors import ElrondError
 from ..gradients import Gradients
 from ..seeding import generator
+from ..storage import tensors as tensor_files
+from ..storage.atomic_write import atomic_write, make_folder, reason, remove_abandoned
 from .moments import require_finite
 
 OnStep = Callable[[int, int, float], None]
@@ -121,7 +121,7 @@ def train_sae(
         on_step: called after each step with (step, steps, FVU of the batch); may raise to cancel. There are fewer
             steps once FVU has stalled.
         check: called between pieces of work that take well under a second at the published size; may raise to cancel.
-        warn: told, in one sentence and once, that the checkpoint cannot be written; the training goes on.
+        warn: told, in one sentence and once a cause, that the checkpoint cannot be written; the training goes on.
 
     Returns:
         Directions (K, R, d), unit norm, ranked by the share of the gradients' energy Σ‖g - b_dec‖² that each latent
@@ -155,22 +155,22 @@ def train_sae(
         identity = json.dumps([*data.shape, _digest(vectors, check), *settings])
         trainer.resume(checkpoint, identity)
 
-    complained = False
+    complaints: set[str] = set()
 
     def keep() -> None:
-        nonlocal complained
         if checkpoint is None:
             return
         try:
             trainer.save(checkpoint, identity)
-        except Exception as error:  # The library raises its own, undocumented types.
+        except Exception as error:
             # The training is worth more than its copy, and whoever cancels it is to see that it is cancelled.
-            if not complained:
+            why = reason(error) if isinstance(error, OSError) else str(error)
+            if why not in complaints:
                 warn(
-                    f"The training cannot be kept in {checkpoint.parent} ({error}): it goes on, but if it is "
+                    f"The training cannot be kept in {checkpoint.parent} ({why}): it goes on, but if it is "
                     "interrupted it starts from what was kept last."
                 )
-            complained = True
+            complaints.add(why)
 
     try:
         while trainer.step < trainer.end:
@@ -408,27 +408,19 @@ class _Trainer:
             state = self.adam.state[value]
             tensors |= {f"parameter{i}": value.detach(), f"first{i}": state["exp_avg"]}
             tensors[f"second{i}"] = state["exp_avg_sq"]
-        temporary = path.with_name(f".{path.name}.tmp")
         metadata = {"identity": identity, "step": str(self.step), "end": str(self.end)}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
-            temporary.replace(path)
-        finally:
-            # A full disk must be what is reported, not that nothing can be removed from it.
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        make_folder(path.parent)
+        remove_abandoned(path.parent)
+        atomic_write(path, tensor_files.encode(tensors, metadata))
 
     def resume(self, path: Path, identity: str) -> None:
         """Continue from a checkpoint, or start afresh if there is no sound one of these gradients and settings."""
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("identity") != identity:
-                    return
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors, metadata = tensor_files.read(path)
+            if metadata.get("identity") != identity:
+                return
             step, end = int(metadata["step"]), int(metadata["end"])
-        except Exception:  # The library raises its own, undocumented types.
+        except (OSError, ValueError, KeyError):
             return
         layout = {"losses": ((step,), torch.float64), "idle": (tuple(self.idle.shape), torch.int64)}
         for i, value in enumerate(self.parameters):

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import shutil
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,72 +16,30 @@ import pytest
 import torch
 from PIL import Image
 
+from demo.browser import NO_CHROMIUM, PATIENCE, chromium, find_chromium, open_page, post, run_graph
 from demo.server import Server
 from elrond_core.directions import Directions
 from elrond_core.provenance import Provenance
 from elrond_core.storage.format import load_directions, save_directions
 
-playwright = pytest.importorskip("playwright.sync_api", reason="The browser tests need the playwright package.")
+pytest.importorskip("playwright.sync_api", reason="The browser tests need the playwright package.")
 
 ROOT = Path(__file__).parents[2]
 SHOTS = ROOT / "output" / "browser"
 NAMES = ["complexity", "discover", "diversify", "steer"]
-PATIENCE = 1000 * int(os.environ.get("ELROND_BROWSER_SECONDS", "60"))
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("There is no Chromium on this machine (Debian: apt-get install chromium).")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=program, args=["--no-sandbox"], timeout=PATIENCE)
-        yield chromium
-        chromium.close()
-
-
-def post(server: Server, path: str, body: Any) -> None:
-    request = urllib.request.Request(
-        server.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
-    )
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30):
-        pass
-
-
-def opened(server: Server, browser: Any, theme: str = "dark", without: str = "") -> Any:
-    """A page with the frontend ready; `page.said` collects what the console had to complain about."""
-    # The first start of a fresh installation shows the template browser instead of a graph.
-    settings = {"Comfy.TutorialCompleted": True, "Comfy.ColorPalette": theme, "Comfy.Workflow.Persist": False}
-    # So that text can be read in pictures of whole workflows.
-    settings |= {"LiteGraph.Canvas.MinFontSizeForLOD": 0, "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0}
-    post(server, "/settings", settings)
-    context = browser.new_context(viewport={"width": 1500, "height": 950})
-    context.set_default_timeout(PATIENCE)
-    page = context.new_page()
-    page.said = []
-    page.on("console", lambda message: message.type == "error" and complain(page, message))
-    page.on("pageerror", lambda error: page.said.append(error.stack or str(error)))
-    if without:
-        page.route(f"**/{without}", lambda route: route.abort())
-    page.goto(server.url)
-    # Nodes are registered shortly before extensions are set up.
-    page.wait_for_function("() => window.app?.extensionManager && window.LiteGraph?.registered_node_types.KSampler")
-    page.wait_for_function("() => window.app.vueAppReady && window.app.graph && document.querySelector('canvas')")
-    page.wait_for_timeout(1000)
-    return page
-
-
-def complain(page: Any, message: Any) -> None:
-    """Keep an error, unless it is the host's: files of the user that a fresh profile lacks, a site it must not ask."""
-    where = message.location.get("url", "")
-    missing = message.text.startswith("Failed to load resource") and "elrond" not in where.lower()
-    if not missing and "https://api.comfy.org" not in message.text:
-        page.said.append(f"{message.text} ({where})")
+    if find_chromium() is None:
+        pytest.skip(NO_CHROMIUM)
+    with chromium() as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
 def page(server: Server, browser: Any) -> Iterator[Any]:
-    found = opened(server, browser)
+    found = open_page(server, browser)
     yield found
     found.context.close()
 
@@ -163,16 +118,7 @@ def strengths(page: Any) -> str:
 
 def run(page: Any, server: Server, node: str) -> list[np.ndarray]:
     """The pictures that a node of the graph on the page shows, queued as the button does."""
-    page.evaluate(
-        """() => {
-            window.finished = new Promise((resolve) => {
-                for (const name of ['execution_success', 'execution_error'])
-                    window.app.api.addEventListener(name, () => resolve(name), { once: true });
-            });
-            return window.app.queuePrompt(0);
-        }"""
-    )
-    assert page.evaluate("() => window.finished") == "execution_success"
+    run_graph(page)
     images = page.evaluate(f"() => window.app.nodeOutputs['{node}'].images")
     return [np.asarray(Image.open(io.BytesIO(server.view(i))).convert("RGB"), dtype=np.int64) for i in images]
 
@@ -428,7 +374,7 @@ def test_a_file_that_appears_is_found(page: Any, server: Server, stored: str) ->
 @pytest.mark.parametrize("theme", ["dark", "light"])
 def test_the_panel_can_be_read(server: Server, browser: Any, stored: str, theme: str) -> None:
     """Text has a contrast of at least 4.5 against what is behind it."""
-    page = opened(server, browser, theme)
+    page = open_page(server, browser, theme)
     before = len(page.said)
     page.evaluate("async (graph) => await window.app.loadApiJson(graph, 'sweep')", swept(stored))
     (sheet,) = run(page, server, "5")
@@ -473,7 +419,7 @@ def contrast(first: str, second: str) -> float:
 
 
 def test_without_the_script_plain_widgets_remain(server: Server, browser: Any, stored: str) -> None:
-    page = opened(server, browser, without="panel.js")
+    page = open_page(server, browser, without="panel.js")
     page.evaluate("async (graph) => await window.app.loadApiJson(graph, 'plain')", graph(stored))
     assert page.locator(".elrond-panel").count() == 0
     names = page.evaluate("() => window.app.graph.getNodeById(4).widgets.map((w) => w.name)")

@@ -1,14 +1,18 @@
-"""Draws what each workflow makes, for ComfyUI's template browser and for README.md: `python -m workflows.pictures`.
+"""Draws what each workflow makes and how the pack looks: `python -m workflows.pictures [NAME …]`.
 
-Runs every workflow on the real server (about two minutes on two cores) and writes `<name>.jpg` beside it.
+Runs on the real server, about four minutes on two cores for all. A workflow's picture is `<name>.jpg` beside it, for
+ComfyUI's template browser. `graph` and `panel` are screenshots of Chromium in docs/pictures, for README.md.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import io
 import json
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from demo.browser import chromium, open_page, post, run_graph
 from demo.server import Server, progress_bar
 from elrond_core.sheets import contact_sheet
 
 FOLDER = Path(__file__).parent
+SCREENSHOTS = FOLDER.parent / "docs" / "pictures"
+# The part of the page for the graph, in pixels; the frontend's menus lie left, above and below.
+WIDTH, HEIGHT, LEFT, ABOVE, BELOW = 1800, 1100, 70, 200, 70
 
 
 class Run:
@@ -80,15 +88,128 @@ def _narrowed(picture: np.ndarray, width: int) -> np.ndarray:
     return np.asarray(small, dtype=np.float32) / 255
 
 
+def graph(server: Server, path: Path) -> None:
+    """Take a screenshot of the discover workflow after it has run."""
+    with _page(server) as page:
+        workflow = json.loads((FOLDER / "discover.json").read_text(encoding="utf-8"))
+        workflow["nodes"] = [node for node in workflow["nodes"] if node["type"] != "MarkdownNote"]
+        page.evaluate("async (graph) => await window.app.loadGraphData(graph, true, true, 'discover')", workflow)
+        run_graph(page)
+        _shoot(page, path)
+
+
+def panel(server: Server, path: Path) -> None:
+    """Take a screenshot of Apply Direction's sliders, two of them moved, beside the images they make."""
+    server.run(_sweep())
+    with _page(server) as page:
+        page.evaluate("async (graph) => await window.app.loadApiJson(graph, 'panel')", _steered())
+        page.evaluate(
+            """() => {
+                const places = { 1: [0, 0, 300], 2: [0, 170, 300], 5: [0, 480, 300], 3: [340, 0, 300],
+                    4: [680, 0, 480], 6: [1200, 0, 300], 7: [1200, 320, 300], 8: [1540, 0, 250] };
+                for (const [id, [x, y, width]] of Object.entries(places)) {
+                    const node = window.app.graph.getNodeById(Number(id));
+                    node.title = node.constructor.title;
+                    node.pos = [x, y];
+                    node.setSize([width, id === "8" ? 290 : node.size[1]]);
+                }
+                const sampler = window.app.graph.getNodeById(6);
+                sampler.widgets.find((widget) => widget.name === "control_after_generate").value = "fixed";
+            }"""
+        )
+        page.locator(".elrond-head").nth(1).click()
+        for name, strength in (("dark → bright", "-0.5"), ("small → large", "0.6")):
+            page.get_by_label(f"Use {name}", exact=True).check()
+            page.get_by_label(f"Strength of {name}", exact=True).fill(strength)
+        run_graph(page)
+        page.evaluate("() => window.app.canvas.deselectAll()")
+        _shoot(page, path)
+
+
+@contextlib.contextmanager
+def _page(server: Server) -> Iterator[Any]:
+    post(server, "/settings", {"Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False})
+    with chromium() as browser:
+        yield open_page(server, browser, size=(WIDTH + LEFT, HEIGHT + ABOVE))
+
+
+def _shoot(page: Any, path: Path) -> None:
+    """Fit the graph into the part of the page that no menu covers, and save a screenshot of the graph."""
+    width, height = page.evaluate(
+        """([left, above, width, height]) => {
+            const { graph, canvas } = window.app;
+            const boxes = graph.nodes.map((n) => [n.pos[0], n.pos[1] - 30, ...n.pos.map((p, i) => p + n.size[i])]);
+            boxes.push(...graph.groups.map((g) => [...g.pos, ...g.pos.map((p, i) => p + g.size[i])]));
+            const [x, y] = [0, 1].map((i) => Math.min(...boxes.map((box) => box[i])) - 20);
+            const [x2, y2] = [2, 3].map((i) => Math.max(...boxes.map((box) => box[i])) + 20);
+            canvas.ds.scale = Math.min(width / (x2 - x), height / (y2 - y));
+            canvas.ds.offset = [left / canvas.ds.scale - x, above / canvas.ds.scale - y];
+            canvas.setDirty(true, true);
+            return [(x2 - x) * canvas.ds.scale, (y2 - y) * canvas.ds.scale];
+        }""",
+        [LEFT, ABOVE, WIDTH, HEIGHT - BELOW],
+    )
+    # Previews are loaded and drawn after the run.
+    page.wait_for_timeout(3000)
+    page.screenshot(path=path, clip={"x": LEFT, "y": ABOVE, "width": width, "height": height})
+
+
+def _steered() -> dict[str, Any]:
+    """Directions loaded, applied and sampled."""
+
+    def node(kind: str, **inputs: Any) -> dict[str, Any]:
+        return {"class_type": kind, "inputs": inputs, "_meta": {"title": kind}}
+
+    steering = {"index": 0, "strength": 0.0, "unit": "token norms", "start": 0.0, "end": 1.0, "concept": ""}
+    sampling = {"seed": 5, "steps": 20, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    return {
+        "1": node("ElrondLoadDemoModel", name="teacher"),
+        "2": node("ElrondEncodeConcept", clip=["1", 1], prompt="a [thing]", concept="", occurrence=1, row=0),
+        "3": node("ElrondLoadDirections", name="demo thing words"),
+        "4": node("ElrondApplyDirection", conditioning=["2", 0], directions=["3", 0], strengths="", **steering),
+        "5": node("EmptyLatentImage", width=64, height=64, batch_size=9),
+        "6": node("KSampler", model=["1", 0], positive=["4", 0], negative=["2", 0], latent_image=["5", 0], **sampling),
+        "7": node("VAEDecode", samples=["6", 0], vae=["1", 2]),
+        "8": node("PreviewImage", images=["7", 0]),
+    }
+
+
+def _sweep() -> dict[str, Any]:
+    """Makes the thumbnails of all directions of the file."""
+    settings = {"which": "", "lowest": -0.8, "highest": 0.8, "columns": 3, "unit": "token norms", "seed": 1}
+    settings |= {"width": 64, "height": 64, "steps": 20, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
+    settings |= {"batch_size": 6, "cell": 96, "concept": "", "thumbnails": True}
+    wires = {"model": ["1", 0], "positive": ["2", 0], "directions": ["3", 0], "vae": ["1", 2]}
+    return {
+        **{key: node for key, node in _steered().items() if key in "123"},
+        "4": {"class_type": "ElrondDirectionSweep", "inputs": {**wires, **settings}},
+        "5": {"class_type": "PreviewImage", "inputs": {"images": ["4", 0]}},
+    }
+
+
+# In this order: steer loads directions that discover saves.
+WORKFLOWS: tuple[Callable[[Run], np.ndarray], ...] = (discover, steer, diversify, complexity)
+SHOTS: tuple[Callable[[Server, Path], None], ...] = (graph, panel)
+
+
 def main() -> None:
-    """Run and draw all, the one that others load directions of first."""
+    """Draw the pictures named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [draw.__name__ for draw in (*WORKFLOWS, *SHOTS)]
+    parser.add_argument("names", nargs="*", metavar="NAME", choices=[*names, []], help=", ".join(names))
+    chosen = parser.parse_args().names or names
     with tempfile.TemporaryDirectory() as output, Server(Path(output)) as server:
-        for draw in (discover, steer, diversify, complexity):
-            print(draw.__name__)
-            picture = draw(Run(server, draw.__name__))
-            Image.fromarray((picture * 255).round().astype(np.uint8)).save(
-                FOLDER / f"{draw.__name__}.jpg", quality=88, optimize=True
-            )
+        for draw in WORKFLOWS:
+            if draw.__name__ in chosen:
+                print(draw.__name__)
+                picture = draw(Run(server, draw.__name__))
+                Image.fromarray((picture * 255).round().astype(np.uint8)).save(
+                    FOLDER / f"{draw.__name__}.jpg", quality=88, optimize=True
+                )
+        for shoot in SHOTS:
+            if shoot.__name__ in chosen:
+                print(shoot.__name__)
+                shoot(server, SCREENSHOTS / f"{shoot.__name__}.png")
 
 
 if __name__ == "__main__":

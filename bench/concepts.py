@@ -36,7 +36,8 @@ from comfyui_elrond.elrond_core.decompose.pca import fit_pca  # noqa: E402
 from comfyui_elrond.elrond_core.decompose.response import fit_response  # noqa: E402
 from comfyui_elrond.elrond_core.decompose.sae import train_sae  # noqa: E402
 from comfyui_elrond.elrond_core.decompose.words import fit_words  # noqa: E402
-from comfyui_elrond.elrond_core.dimension.report import box_dimension, estimate_lid  # noqa: E402
+from comfyui_elrond.elrond_core.dimension.correlation import box_dimension  # noqa: E402
+from comfyui_elrond.elrond_core.dimension.report import estimate_lid  # noqa: E402
 from comfyui_elrond.elrond_core.directions import Directions  # noqa: E402
 from comfyui_elrond.elrond_core.gradients import Gradients  # noqa: E402
 from comfyui_elrond.elrond_core.steering.labels import label  # noqa: E402

@@ -35,7 +35,8 @@ from elrond_core.decompose.moments import Moments
 from elrond_core.decompose.pca import fit_pca
 from elrond_core.decompose.response import fit_response
 from elrond_core.decompose.sae import train_sae
-from elrond_core.dimension.report import edge_of_noise, estimate_lid
+from elrond_core.dimension.noise import edge_of_noise
+from elrond_core.dimension.report import estimate_lid
 from elrond_core.gradients import Gradients
 from elrond_core.provenance import Provenance
 

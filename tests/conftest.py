@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from demo.server import Server
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+# Tests import what is tested from the repository, and what they share (`builders`) from its tests.
+for folder in (ROOT / "tests", ROOT):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(os.cpu_count() or 1)

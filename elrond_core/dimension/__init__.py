@@ -1,1 +1,1 @@
-"""How many independent ways a concept can vary: its local intrinsic dimension (LID)."""
+"""Local intrinsic dimension (LID) of a concept: the number of independent ways its images can vary."""

@@ -28,6 +28,7 @@ from .gradient_patches import (
     normal_conditioning,
     normal_copies,
 )
+from .kernels import plain_kernels
 from .sampling import sigma_of
 
 Result = TypeVar("Result")
@@ -232,7 +233,7 @@ def visit(
         words: whether the denoiser's rows are those of all words of the prompt, the concept's first.
     """
     marked(positive)
-    with differentiable():
+    with differentiable(), plain_kernels():
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(normal_clone(positive), normal_clone(negative if negative is not None else positive))
         guider.set_cfg(cfg if negative is not None else 1.0)

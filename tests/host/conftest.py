@@ -27,6 +27,16 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder_paths.set_output_directory(before)
 
 
+@pytest.fixture(autouse=True)
+def unthrottled_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newer hosts send only some updates of a progress bar, by the clock: here they send all."""
+    import comfy.utils
+
+    for name in ("PROGRESS_THROTTLE_MIN_INTERVAL", "PROGRESS_THROTTLE_MIN_PERCENT"):
+        if hasattr(comfy.utils, name):
+            monkeypatch.setattr(comfy.utils, name, 0)
+
+
 @pytest.fixture(scope="session")
 def nodes(pack: ModuleType) -> dict[str, Any]:
     """The pack's node classes by node id."""

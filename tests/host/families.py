@@ -2,14 +2,25 @@
 
 The configurations are what the host's detection makes of a checkpoint, with fewer and narrower layers. Every weight is
 random, also those that training starts at zero: a zero output layer would make every gradient zero.
+
+`KNOWN` are those of all versions that the tests were run on, `FAMILIES` those that the host at hand has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
+import comfy.ldm.chroma.model
+import comfy.ldm.chroma_radiance.model
+import comfy.ldm.flux.model
+import comfy.ldm.hunyuan_video.model
 import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models
@@ -18,6 +29,8 @@ from comfy_extras import nodes_model_advanced
 from comfyui_elrond.elrond_core.prompt import Concept
 from comfyui_elrond.nodes import host
 
+# The versions of ComfyUI that these tests were run on.
+HOSTS = ("0.3.75", "0.33.0")
 WIDTH = 32
 ROWS = 7
 # A concept of two rows, so that a mix-up of rows shows.
@@ -29,14 +42,18 @@ class Family:
     """How to build a family.
 
     Attributes:
-        name: as the table of docs/models.md has it.
-        encoder: what makes the rows of its prompts, as the table of docs/models.md has it.
+        name: as the table in `docs/models.md` has it.
+        encoder: what makes the rows of its prompts, as that table has it.
         config: the host's class in `comfy.supported_models`.
         unet: the small configuration of its network.
         latent: shape of one latent, channels first.
         options: what else its conditioning carries, by name.
         detected: state dict entries from which the host tells variants of a family apart.
         patch: what a loader of this variant does to the model.
+        needs: a class, as "module:name", that a host which knows this family has beside `config`.
+        hosts: versions of ComfyUI, of those in `HOSTS`, that have the family.
+        centred: how names of weights end that multiply by one more than themselves.
+        smaller: makes parts small while the model is built whose size no configuration sets.
     """
 
     name: str
@@ -47,6 +64,17 @@ class Family:
     options: dict[str, Any] = field(default_factory=dict)
     detected: dict[str, torch.Tensor] = field(default_factory=dict)
     patch: Callable[[Any], Any] | None = None
+    needs: str = ""
+    hosts: tuple[str, ...] = HOSTS
+    centred: tuple[str, ...] = ()
+    smaller: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+    def exists(self) -> bool:
+        """Whether the host at hand has this family."""
+        if not hasattr(comfy.supported_models, self.config):
+            return False
+        module, _, name = self.needs.partition(":")
+        return not module or hasattr(importlib.import_module(module), name)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -65,17 +93,20 @@ def build(
         computed: dtype they are cast to for computation, where that differs.
         operations: the host's layer classes to use instead of those it picks for these dtypes.
     """
-    config = getattr(comfy.supported_models, family.config)(family.unet)
+    config = getattr(comfy.supported_models, family.config)(dict(family.unet))
+    # The host's own settings of a family would make it as large as its checkpoints.
+    config.unet_config |= family.unet
     config.set_inference_dtype(stored, computed)
     config.custom_operations = operations
-    model = config.get_model(dict(family.detected), device=torch.device("cpu")).eval()
+    with family.smaller():
+        model = config.get_model(dict(family.detected), device=torch.device("cpu")).eval()
     generator = torch.Generator().manual_seed(0)
     for name, weight in model.diffusion_model.state_dict().items():
         value = torch.randn(weight.shape, generator=generator)
         if weight.ndim > 1:
             value = value / weight[0].numel() ** 0.5
         else:
-            value = 0.1 * value + (0.0 if name.endswith("bias") else 1.0)
+            value = 0.1 * value + (0.0 if name.endswith(("bias", *family.centred)) else 1.0)
         weight.copy_(value)
     patcher = comfy.model_patcher.ModelPatcher(
         model, load_device=comfy.model_management.get_torch_device(), offload_device=torch.device("cpu")
@@ -91,6 +122,12 @@ def prompt(family: Family, seed: int = 1) -> Any:
 def latents(family: Family, count: int = 2) -> torch.Tensor:
     """Random realizations."""
     return random(count, *family.latent, seed=2)
+
+
+def _known(parameters: Any, **values: Any) -> dict[str, Any]:
+    """Those of the values that this version's dataclass of a network's parameters has a field for."""
+    names = {each.name for each in dataclasses.fields(parameters)}
+    return {name: value for name, value in values.items() if name in names}
 
 
 _UNET: dict[str, Any] = {
@@ -130,8 +167,28 @@ _FLUX: dict[str, Any] = {
     "patch_size": 2,
     "qkv_bias": True,
     "guidance_embed": True,
+    **_known(comfy.ldm.flux.model.FluxParams, txt_ids_dims=[]),
 }
-_CHROMA = {k: v for k, v in _FLUX.items() if k not in ("vec_in_dim", "guidance_embed")}
+_FLUX2: dict[str, Any] = {
+    **_FLUX,
+    "image_model": "flux2",
+    "in_channels": 128,
+    "out_channels": 128,
+    "patch_size": 1,
+    "axes_dim": [8, 8, 8, 8],
+    "theta": 2000,
+    "vec_in_dim": None,
+    "qkv_bias": False,
+    "ops_bias": False,
+    "global_modulation": True,
+    "mlp_silu_act": True,
+    **_known(comfy.ldm.flux.model.FluxParams, txt_ids_dims=[3]),
+}
+_CHROMA = {
+    **{k: v for k, v in _FLUX.items() if k not in ("vec_in_dim", "guidance_embed", "txt_ids_dims")},
+    **_known(comfy.ldm.chroma.model.ChromaParams, vec_in_dim=None, txt_ids_dims=[]),
+}
+_HUNYUAN = {k: v for k, v in _FLUX.items() if k != "txt_ids_dims"}
 _LUMINA: dict[str, Any] = {
     "image_model": "lumina2",
     "patch_size": 2,
@@ -164,11 +221,42 @@ _PIXART: dict[str, Any] = {
 }
 
 
+_COSMOS: dict[str, Any] = {
+    "image_model": "cosmos_predict2",
+    "max_img_h": 16,
+    "max_img_w": 16,
+    "max_frames": 8,
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_spatial": 2,
+    "patch_temporal": 1,
+    "model_channels": 64,
+    "num_blocks": 2,
+    "num_heads": 2,
+    "crossattn_emb_channels": WIDTH,
+    "pos_emb_cls": "rope3d",
+    "pos_emb_learnable": True,
+    "use_adaln_lora": True,
+    "adaln_lora_dim": 16,
+}
+
+
 def _lcm(model: Any) -> Any:
     return nodes_model_advanced.ModelSamplingDiscrete().patch(model, "lcm", False)[0]
 
 
-FAMILIES = (
+@contextlib.contextmanager
+def _small_adapter() -> Iterator[None]:
+    """The widths and depth of Anima's text adapter are defaults of its class."""
+    module = importlib.import_module("comfy.ldm.anima.model")
+    small = functools.partial(
+        module.LLMAdapter, source_dim=WIDTH, target_dim=WIDTH, model_dim=WIDTH, num_layers=2, num_heads=2
+    )
+    with mock.patch.object(module, "LLMAdapter", small):
+        yield
+
+
+KNOWN = (
     Family("SD 1.x", "CLIP L", "SD15", _UNET),
     Family(
         "SD 2.x (v)",
@@ -209,22 +297,28 @@ FAMILIES = (
         "Flux.2",
         "Mistral 3",
         "Flux2",
-        {
-            **_FLUX,
-            "image_model": "flux2",
-            "in_channels": 128,
-            "out_channels": 128,
-            "patch_size": 1,
-            "axes_dim": [8, 8, 8, 8],
-            "theta": 2000,
-            "vec_in_dim": None,
-            "qkv_bias": False,
-            "ops_bias": False,
-            "global_modulation": True,
-            "mlp_silu_act": True,
-        },
+        _FLUX2,
         (128, 4, 4),
         {"pooled_output": None},
+    ),
+    Family(
+        "Flux.2 Klein",
+        "Qwen 3",
+        "Flux2",
+        {**_FLUX2, "guidance_embed": False},
+        (128, 4, 4),
+        {"pooled_output": None},
+        needs="comfy.text_encoders.flux:KleinTokenizer",
+        hosts=("0.33.0",),
+    ),
+    Family(
+        "LongCat-Image",
+        "Qwen 2.5 VL",
+        "LongCatImage",
+        {**_FLUX, "guidance_embed": False, "vec_in_dim": None, "txt_ids_dims": [1, 2]},
+        (16, 8, 8),
+        {"pooled_output": None},
+        hosts=("0.33.0",),
     ),
     Family(
         "Chroma",
@@ -326,7 +420,7 @@ FAMILIES = (
         "Qwen 2.5 VL",
         "HunyuanImage21",
         {
-            **_FLUX,
+            **_HUNYUAN,
             "image_model": "hunyuan_video",
             "in_channels": 64,
             "out_channels": 64,
@@ -339,6 +433,7 @@ FAMILIES = (
             "meanflow": False,
             "use_cond_type_embedding": False,
             "vision_in_dim": None,
+            **_known(comfy.ldm.hunyuan_video.model.HunyuanVideoParams, meanflow_sum=False),
         },
         # No attention mask: the encoder leaves out one without gaps, and with one the host samples single images only.
         (64, 4, 4),
@@ -410,6 +505,7 @@ FAMILIES = (
             "nerf_tile_size": 0,
             "nerf_final_head_type": "conv",
             "nerf_embedder_dtype": torch.float32,
+            **_known(comfy.ldm.chroma_radiance.model.ChromaRadianceParams, use_x0=False, use_sequential_txt_ids=False),
         },
         (3, 16, 16),
         {"pooled_output": None},
@@ -418,24 +514,7 @@ FAMILIES = (
         "Cosmos Predict2",
         "T5",
         "CosmosT2IPredict2",
-        {
-            "image_model": "cosmos_predict2",
-            "max_img_h": 16,
-            "max_img_w": 16,
-            "max_frames": 8,
-            "in_channels": 16,
-            "out_channels": 16,
-            "patch_spatial": 2,
-            "patch_temporal": 1,
-            "model_channels": 64,
-            "num_blocks": 2,
-            "num_heads": 2,
-            "crossattn_emb_channels": WIDTH,
-            "pos_emb_cls": "rope3d",
-            "pos_emb_learnable": True,
-            "use_adaln_lora": True,
-            "adaln_lora_dim": 16,
-        },
+        _COSMOS,
         (16, 1, 8, 8),
     ),
     Family(
@@ -455,4 +534,163 @@ FAMILIES = (
         },
         (16, 1, 8, 8),
     ),
+    Family(
+        "Anima",
+        "Qwen 3; its T5 token ids stay as they are",
+        "Anima",
+        {**_COSMOS, "image_model": "anima"},
+        (16, 1, 8, 8),
+        {"t5xxl_ids": torch.arange(64), "t5xxl_weights": torch.ones(64)},
+        hosts=("0.33.0",),
+        smaller=_small_adapter,
+    ),
+    Family(
+        "Boogu",
+        "Qwen 3 VL",
+        "Boogu",
+        {
+            "image_model": "boogu",
+            "axes_dim_rope": (8, 12, 12),
+            "hidden_size": 64,
+            "instruction_feat_dim": WIDTH,
+            "multiple_of": 32,
+            "num_attention_heads": 2,
+            "num_double_stream_layers": 1,
+            "num_kv_heads": 1,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+        },
+        (16, 8, 8),
+        {"attention_mask": torch.ones(1, ROWS, dtype=torch.long)},
+        hosts=("0.33.0",),
+    ),
+    Family(
+        "Ernie-Image",
+        "Ministral 3",
+        "ErnieImage",
+        {
+            "image_model": "ernie",
+            "ffn_hidden_size": 64,
+            "hidden_size": 64,
+            "num_attention_heads": 2,
+            "num_layers": 2,
+            "rope_axes_dim": (8, 12, 12),
+            "text_in_dim": WIDTH,
+        },
+        (128, 4, 4),
+        hosts=("0.33.0",),
+    ),
+    Family(
+        "Ideogram 4",
+        "Qwen 3 VL, several layers side by side",
+        "Ideogram4",
+        {
+            "image_model": "ideogram4",
+            "adaln_dim": 32,
+            "attention_head_dim": 32,
+            "in_channels": 128,
+            "intermediate_size": 64,
+            "llm_features_dim": WIDTH,
+            "mrope_section": (6, 5, 5),
+            "num_attention_heads": 2,
+            "num_layers": 2,
+        },
+        (128, 4, 4),
+        hosts=("0.33.0",),
+    ),
+    Family(
+        "JoyImage",
+        "Qwen 3 VL",
+        "JoyImage",
+        {
+            "image_model": "joyimage",
+            "hidden_size": 64,
+            "in_channels": 16,
+            "num_attention_heads": 2,
+            "num_layers": 2,
+            "patch_size": [1, 2, 2],
+            "rope_dim_list": [8, 12, 12],
+            "text_dim": WIDTH,
+        },
+        (16, 1, 8, 8),
+        hosts=("0.33.0",),
+    ),
+    Family(
+        "Kandinsky 5 Image",
+        "Qwen 2.5 VL; the vector of CLIP L stays as it is",
+        "Kandinsky5Image",
+        {
+            "image_model": "kandinsky5",
+            "axes_dims": (8, 12, 12),
+            "ff_dim": 64,
+            "in_text_dim": WIDTH,
+            "in_text_dim2": WIDTH,
+            "model_dim": 64,
+            "num_text_blocks": 1,
+            "num_visual_blocks": 2,
+            "rope_scale_factor": (1.0, 1.0, 1.0),
+            "time_dim": 32,
+            "visual_embed_dim": 64,
+        },
+        (16, 8, 8),
+        _POOLED,
+        hosts=("0.33.0",),
+    ),
+    Family(
+        "Krea 2",
+        "Qwen 3 VL, several layers side by side",
+        "Krea2",
+        {
+            "image_model": "krea2",
+            "channels": 16,
+            "features": 64,
+            "heads": 2,
+            "kvheads": 1,
+            "layers": 2,
+            "patch": 2,
+            "txtdim": WIDTH // 2,
+            "txtheads": 2,
+            "txtkvheads": 2,
+            "txtlayers": 2,
+        },
+        (16, 1, 8, 8),
+        hosts=("0.33.0",),
+        centred=(".scale",),
+    ),
+    Family(
+        "Lens",
+        "GPT-OSS, several layers side by side",
+        "Lens",
+        {
+            "image_model": "lens",
+            "attention_head_dim": 32,
+            "axes_dims_rope": (8, 12, 12),
+            "enc_hidden_dim": WIDTH // 2,
+            "in_channels": 128,
+            "multi_layer_encoder_feature": True,
+            "num_attention_heads": 2,
+            "num_layers": 2,
+            "out_channels": 32,
+            "selected_layer_index": (0, 1),
+        },
+        (128, 4, 4),
+        hosts=("0.33.0",),
+    ),
+    Family(
+        "Mage-Flow",
+        "Qwen 3 VL",
+        "MageFlow",
+        {
+            "image_model": "mage_flow",
+            "attention_head_dim": 32,
+            "axes_dims_rope": [8, 12, 12],
+            "in_channels": 128,
+            "joint_attention_dim": WIDTH,
+            "num_attention_heads": 2,
+            "num_layers": 2,
+        },
+        (128, 4, 4),
+        hosts=("0.33.0",),
+    ),
 )
+FAMILIES = tuple(family for family in KNOWN if family.exists())

@@ -1,4 +1,4 @@
-"""The help pages: one a node, and each says what every input and output is for."""
+"""Help pages say what every input and output is for. README and docs name only what is there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,19 @@ from types import ModuleType
 
 import pytest
 
-PAGES = Path(__file__).parents[1] / "web" / "docs"
+ROOT = Path(__file__).parents[1]
+PAGES = ROOT / "web" / "docs"
+TEXTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        ROOT / "demo" / "README.md",
+        ROOT / "workflows" / "README.md",
+    )
+)
+# A name in backticks that starts so is a path in the repository.
+FOLDERS = ("elrond_core/", "nodes/", "web/", "docs/", "demo/", "workflows/", "bench/", "tests/", "dev.py", ".ci/")
 # About one screen of the help panel.
 LONGEST = 50
 
@@ -66,3 +78,88 @@ def test_every_input_and_output_has_a_tooltip(schemas: dict) -> None:
         assert schema.description, node_id
         for entry in [*schema.inputs, *schema.outputs]:
             assert entry.tooltip, (node_id, entry)
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def cells(table: str, column: int) -> list[str]:
+    """A column of a table, without its head."""
+    rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("|")]
+    return [row[column].strip() for row in rows[2:]]
+
+
+def test_the_readme_is_short() -> None:
+    assert len(text("README.md").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_somewhere(name: str) -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", text(name))
+    local = [target.split("#")[0] for target in targets if not re.match(r"https?://|#", target)]
+    assert [target for target in local if not (ROOT / name).parent.joinpath(target).exists()] == []
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_files_that_are_named_exist(name: str) -> None:
+    quoted = re.findall(r"`([^`\s]+)`", text(name))
+    paths = [path for path in quoted if path.startswith(FOLDERS) and not re.search(r"[<*]", path)]
+    # `demo/training` and `bench/results/collections` are made by scripts and not kept.
+    made = ("demo/training", "bench/results/collections")
+    assert [path for path in paths if not (ROOT / path).exists() and not path.startswith(made)] == []
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_classes_are_in_the_files_named(name: str) -> None:
+    for symbol, path in re.findall(r"`(\w+)` in\s+`([\w/]+\.py)`", text(name)):
+        assert re.search(rf"^(class|def) {symbol}\b", text(path), re.MULTILINE), (symbol, path)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_commands_exist(name: str) -> None:
+    """A module that is run is there, and knows its arguments."""
+    for module, arguments in re.findall(r"python -m ([\w.]+)([^`\n#]*)", text(name)):
+        path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+        if module.split(".")[0] in ("bench", "demo", "workflows"):
+            assert path.is_file(), module
+            for word in re.findall(r"(?:^| )(?:--)?([a-z]\w+)", arguments):
+                assert word in path.read_text(encoding="utf-8"), (module, word)
+    for command in re.findall(r"python dev\.py (\w+)", text(name)):
+        assert command in ("demo", "test")
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_figure_can_be_repeated(name: str) -> None:
+    assert not re.search(r"\bby hand\b", text(name))
+
+
+def test_the_readme_lists_the_nodes(schemas: dict) -> None:
+    listed = [node for cell in cells(section(text("README.md"), "The nodes"), 0) for node in cell.split(", ")]
+    nodes = [node for node in listed if not node.startswith("**")]
+    assert sorted(nodes) == sorted(schema.display_name.removesuffix(" (ELROND)") for schema in schemas.values())
+
+
+def test_recipes_name_nodes_and_settings_of_the_host(host: ModuleType) -> None:
+    import comfy.samplers
+    from comfy_extras import nodes_model_advanced
+
+    import nodes
+
+    table = section(text("README.md"), "First run on your own model")
+    classes = {*nodes.NODE_CLASS_MAPPINGS, *nodes_model_advanced.NODE_CLASS_MAPPINGS}
+    shown = nodes.NODE_DISPLAY_NAME_MAPPINGS.values()
+    loaders = {name for cell in cells(table, 1) for name in re.findall(r"\*([^*]+)\*", cell)}
+    assert len(loaders) > 4
+    assert [
+        name for name in loaders if name not in classes and not any(title.startswith(name) for title in shown)
+    ] == []
+    for cell in cells(table, 2):
+        sampler, scheduler = re.findall(r"`(\w+)`", cell)
+        assert sampler in comfy.samplers.KSampler.SAMPLERS and scheduler in comfy.samplers.KSampler.SCHEDULERS
+
+
+def test_the_architecture_names_every_folder_and_stage() -> None:
+    page = text("docs/architecture.md")
+    folders = [path.name for path in (ROOT / "elrond_core").iterdir() if (path / "__init__.py").is_file()]
+    assert [name for name in folders if f"elrond_core/{name}/" not in page] == []

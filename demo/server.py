@@ -88,6 +88,8 @@ class Server:
         self.url = f"http://127.0.0.1:{port or _free_port()}"
         self._user = user
         self._extra = list(extra)
+        # The latest graph that the server took.
+        self._latest = ""
         self._peak = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._clean_up = contextlib.ExitStack()
@@ -127,7 +129,7 @@ class Server:
         Raises:
             ServerError: if the host refuses the graph, a node fails, the run is interrupted or lasts too long.
         """
-        prompt_id = str(uuid.uuid4())
+        prompt_id = self._latest = str(uuid.uuid4())
         try:
             asyncio.run(asyncio.wait_for(self._execute(prompt_id, graph, on_progress or _ignore), timeout))
         except ServerError:
@@ -139,7 +141,18 @@ class Server:
             if isinstance(reason, asyncio.TimeoutError):
                 raise ServerError(f"The graph was cancelled: it did not finish in {timeout:g} s.") from reason
             raise
-        return self._json(f"/history/{prompt_id}")[prompt_id]["outputs"]
+        return self._history()["outputs"]
+
+    def reused(self) -> set[str]:
+        """Ids of the nodes of the latest graph whose results the server still had; messages of progress do not tell."""
+        messages = dict(self._history()["status"]["messages"])
+        return set(messages.get("execution_cached", {}).get("nodes", ()))
+
+    def forget(self) -> None:
+        """Empty the server's cache, so that a graph that ran before is computed anew."""
+        self._request("/free", {"unload_models": False, "free_memory": True})
+        # The server sees to that between two graphs, after the next one at the latest.
+        self.run({"1": {"class_type": "PreviewAny", "inputs": {"source": "forget"}}})
 
     def view(self, image: dict[str, str]) -> bytes:
         """The file behind an output image, a dict of `filename`, `subfolder` and `type`."""
@@ -263,6 +276,9 @@ class Server:
         with contextlib.suppress(ServerError):
             self._request("/queue", {"delete": [prompt_id]})
             self._request("/interrupt", {"prompt_id": prompt_id})
+
+    def _history(self) -> dict[str, Any]:
+        return self._json(f"/history/{self._latest}")[self._latest]
 
     def _json(self, path: str) -> dict[str, Any]:
         return json.loads(self._request(path))

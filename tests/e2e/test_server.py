@@ -53,7 +53,18 @@ def test_a_graph_gives_its_images(server):
 
 def test_a_graph_that_is_cached_ends_too(server):
     graph = chain(1, color=0x00FF00)
-    assert server.run(graph) == server.run(graph)
+    first = server.run(graph)
+    assert not server.reused()
+    assert server.run(graph) == first
+    assert server.reused() == {"0", "1", "save"}
+
+
+def test_a_graph_is_computed_anew_once_the_server_forgot(server):
+    graph = chain(1, color=0x00FFFF)
+    server.run(graph)
+    server.forget()
+    server.run(graph)
+    assert not server.reused()
 
 
 def test_a_value_out_of_range_names_the_node(server):

@@ -67,7 +67,9 @@ class _Saved:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.requires_grad = tensor.requires_grad
-        self.keep(tensor.detach())
+        # Classes that loaders of quantised weights bring have a `detach` of their own.
+        with torch._C.DisableTorchFunctionSubclass():
+            self.keep(torch.Tensor.detach(tensor))
 
     def keep(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
@@ -134,7 +136,8 @@ class SavedTensors(TorchDispatchMode):
                 if isinstance(tensor, torch.Tensor):
                     for saved in self._saved.pop(tensor.untyped_storage().data_ptr(), ()):
                         saved.keep(saved.get().clone())
-        return func(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
 
 
 class _Run:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import torch
+from torch.utils._pytree import tree_map_only
 
 from ...elrond_core.collect.checkpointing import Checkpointing, Footprint, SavedTensors, blocks_of, footprint
 from ...elrond_core.errors import ElrondError
@@ -182,7 +183,7 @@ class _Visit(comfy.samplers.Sampler):
         options.pop("multigpu_clones", None)
         denoiser = HostDenoiser(model_wrap, options, extra_args.get("seed", 0), latent_image, self.words)
         normal_copies(denoiser.module)
-        with frozen(denoiser.module), exact(denoiser.module):
+        with frozen(denoiser.module), exact(denoiser.module), _forgetful(denoiser.module):
             try:
                 self.result = self._run(denoiser, model_wrap.inner_model.process_latent_in(self.latents))
             except (RuntimeError, NotImplementedError) as error:
@@ -194,15 +195,34 @@ class _Visit(comfy.samplers.Sampler):
         return latent_image
 
     def _run(self, denoiser: HostDenoiser, latents: torch.Tensor) -> Any:
-        try:
-            return self.work(denoiser, latents)
-        except RuntimeError as error:
-            if "modified by an inplace operation" not in str(error):
-                raise
-        # Flux and its kin add to their hidden states in place. Only they pay for the remedy.
-        remedy = denoiser.checkpointing.saved
-        with remedy, torch.autograd.graph.saved_tensors_hooks(remedy.pack, remedy.unpack):
-            return self.work(denoiser, latents)
+        # An operation that saves its input, into which the model then writes, would be held by its own output, and
+        # nothing would ever free the two. What the hooks keep has no history.
+        saved = denoiser.checkpointing.saved
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
+            try:
+                return self.work(denoiser, latents)
+            except RuntimeError as error:
+                if "modified by an inplace operation" not in str(error):
+                    raise
+            # Flux and its kin add to their hidden states in place. Only they pay for the remedy.
+            with saved:
+                return self.work(denoiser, latents)
+
+
+@contextlib.contextmanager
+def _forgetful(module: torch.nn.Module) -> Iterator[None]:
+    """Tensors that a model has put into its attributes lose their history afterwards."""
+
+    def forgotten(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach() if tensor.grad_fn is not None else tensor
+
+    try:
+        yield
+    finally:
+        for part in module.modules():
+            for name, value in list(vars(part).items()):
+                if isinstance(value, (torch.Tensor, list, tuple, dict)) and not name.startswith("_"):
+                    setattr(part, name, tree_map_only(torch.Tensor, forgotten, value))
 
 
 def model_name(model: Any) -> str:

@@ -199,23 +199,24 @@ def test_no_history_outlives_a_visit(family: Family, decoder: Any, encoder: Any)
         after = with_history()
         left[name] = [shape for key, shape in after.items() if key not in before]
         before = after
-    assert left == dict.fromkeys(left, [])
+    assert left == {name: [] for name in left}
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_later_collections_hold_what_the_first_does_and_a_model_can_go(family: Family) -> None:
     model, sizes = build(family), []
+    sigma = host.sigma_of(model, 1.0)
     weights = [StorageWeakRef(weight.untyped_storage()) for weight in model.model.parameters()]
 
     def collected(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> None:
-        collect(denoiser, realizations, Provenance("test"), 2, host.sigma_of(model, 1.0), 0, 1)
+        collect(denoiser, realizations, Provenance("test"), 2, sigma, 0, 1)
 
     before = held()
     for _ in range(3):
         host.visit(model, prompt(family), None, 1.0, latents(family), 0, collected)
         sizes.append(sum(held().values()))
     assert sizes[1:] == sizes[:1] * 2
-    del model, collected
+    del model
     comfy.model_management.unload_all_models()
     # The host keeps this family's positions, and with them a layer.
     NerfEmbedder.fetch_pos.cache_clear()

@@ -270,7 +270,7 @@ def main() -> None:
         titles = {"teacher": "teacher", "student": "student", "student_steered": "student,\ndiversified"}
         sheet(output / "diversity.png", [(titles[name], bare[name][:10]) for name in titles])
 
-        print("4/4 complexity: how many ways each concept can vary")
+        print("4/4 dimension: in how many ways each concept can vary")
         dimensions = complexity(demo)
         complexity_chart(output / "complexity.png", dimensions)
         memory = server.peak_memory()
@@ -305,7 +305,7 @@ def report(summary: dict[str, Any], output: Path) -> None:
     for name in ("teacher", "student", "student_steered"):
         row = summary["diversity"][name]
         print(f"  {name:<16} {row['diversity']:.3f}  {row['alignment']:.3f}  {row['valid']:.3f}")
-    print(f"Complexity (Spearman {summary['complexity_spearman']:.2f}):")
+    print(f"Dimension (Spearman {summary['complexity_spearman']:.2f}):")
     for row in summary["complexity"]:
         print(f"  {row['concept']:<6} open factors {row['true']}  estimate {row['estimate']:.1f}")
     print(f"{summary['seconds']:.0f} s, server memory {summary['server_memory_gib']:.1f} GiB; pictures in {output}")

@@ -20,7 +20,7 @@ class EstimateLID(io.ComfyNode):
             node_id="ElrondEstimateLID",
             display_name="Estimate LID (ELROND)",
             category="ELROND",
-            description="Estimates a concept's complexity: the number of independent ways the model can vary it.",
+            description="Estimates a concept's dimension: the number of independent ways the model can vary it.",
             inputs=[GradientsIO.Input("gradients", tooltip="From Collect Gradients or Load Gradients.")],
             outputs=[
                 io.Float.Output(display_name="dimension", tooltip="The estimate."),

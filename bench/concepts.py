@@ -28,7 +28,7 @@ from scipy.stats import spearmanr
 
 from demo.captions import NOUNS, WORDS, compose, open_factors
 from demo.evaluate import Demo
-from demo.model import LATENT_CHANNELS, WEIGHTS
+from demo.host_model import LATENT_CHANNELS, WEIGHTS
 from demo.world import CONTINUOUS, FACTORS, SHAPES, Measurement, measure
 
 PACK = host.pack()

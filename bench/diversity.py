@@ -42,8 +42,8 @@ from matplotlib.figure import Figure
 
 from demo.captions import WORDS, Caption, compose, open_factors
 from demo.evaluate import STEPS, Demo
+from demo.host_model import WEIGHTS
 from demo.measures import alignment, diversity
-from demo.model import WEIGHTS
 from demo.world import CONTINUOUS, SHAPES, Measurement, measure
 
 PACK = host.pack()

@@ -39,7 +39,7 @@ from matplotlib.figure import Figure
 from sklearn.covariance import ledoit_wolf
 
 from demo.evaluate import STEPS, Demo
-from demo.model import LATENT_CHANNELS, WEIGHTS
+from demo.host_model import LATENT_CHANNELS, WEIGHTS
 
 PACK = demo_host.pack()
 from comfyui_elrond.elrond_core.collect.differentiate import gradient  # noqa: E402

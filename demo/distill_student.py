@@ -21,7 +21,7 @@ from . import host  # noqa: F401
 import safetensors.torch
 import torch
 
-from . import model as demo_model
+from . import host_model as demo_model
 from .train_teacher import OUT, TextEncoder, Words, conditioning, draw_samples, draw_sigma, save_atomic, velocity
 
 SEED = 10602

@@ -18,7 +18,7 @@ from . import host  # noqa: F401
 import comfy.sample
 import torch
 
-from . import model as demo_model
+from . import host_model as demo_model
 from .captions import NOUNS, WORDS, Caption, compose, draw_caption, open_factors, word_of
 from .measures import alignment, distance_to_uniform, diversity
 from .world import CONTINUOUS, SHAPES, measure

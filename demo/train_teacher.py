@@ -27,7 +27,7 @@ from comfy.ldm.modules.attention import attention_pytorch as optimized_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTokenizer
 
-from . import model as demo_model
+from . import host_model as demo_model
 from .captions import (
     NOUNS,
     WORDS,

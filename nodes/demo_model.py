@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..demo import model as demo
+from ..demo import host_model as demo
 
 
 class LoadDemoModel(io.ComfyNode):

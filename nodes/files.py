@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
 from pathlib import Path
+from typing import Any
 
 from comfy_api.latest import io, ui
 
@@ -11,20 +13,29 @@ from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.gradients import Gradients
 from ..elrond_core.storage import format as files
+from ..elrond_core.storage.names import SUFFIX, safe_path
 from . import host
 from .types import DirectionsIO, GradientsIO, first_error
 
-SUFFIX = ".safetensors"
+_MOST_NAMED = 20
 
 
 def listed(kind: str) -> list[str]:
-    """Names of the pack's files of a kind, newest first, without folder twins."""
-    found: dict[str, float] = {}
+    """Names of the pack's files of a kind, newest first, without folder twins.
+
+    Regular files only: a link to nowhere, a named pipe, or a folder that may not be read is no file of the pack.
+    """
+    times: dict[str, float] = {}
     for folder in host.file_folders():
-        for path in sorted((folder / kind).rglob(f"*{SUFFIX}")) if folder.is_dir() else []:
-            name = path.relative_to(folder / kind).as_posix().removesuffix(SUFFIX)
-            found.setdefault(name, path.stat().st_mtime)
-    return sorted(found, key=lambda name: -found[name])
+        for parent, folders, names in os.walk(folder / kind):
+            folders.sort()
+            for path in (Path(parent, name) for name in sorted(names) if name.endswith(SUFFIX)):
+                name = path.relative_to(folder / kind).as_posix().removesuffix(SUFFIX)
+                # A file may vanish meanwhile, and its name may be one that is refused when it is loaded.
+                with contextlib.suppress(OSError, ElrondError):
+                    if safe_path(folder / kind, name).is_file():
+                        times.setdefault(name, path.stat().st_mtime)
+    return sorted(times, key=lambda name: -times[name])
 
 
 def find(kind: str, name: str) -> Path:
@@ -34,38 +45,38 @@ def find(kind: str, name: str) -> Path:
         ElrondError: if the name is none, or there is no such file.
     """
     for folder in host.file_folders():
-        path = files.safe_path(folder / kind, name, SUFFIX)
-        if path.is_file():
-            return path
-    have = ", ".join(listed(kind)) or "none yet"
+        path = safe_path(folder / kind, name)
+        with contextlib.suppress(OSError):
+            if path.is_file():
+                return path
+    names = listed(kind)
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     raise ElrondError(
-        f"There is no {kind} file {name!r} in models/elrond/{kind} or output/elrond/{kind}; there are: {have}."
+        f"There is no {kind} file {files.shown(name)} in models/elrond/{kind} or output/elrond/{kind}; "
+        f"there are: {', '.join(names[:_MOST_NAMED]) or 'none yet'}{more}."
     )
 
 
-def _save(kind: str, name: str, overwrite: bool, write: Callable[[Path], None]) -> str:
-    path = files.safe_path(host.output_folder() / kind, name, SUFFIX)
-    number = 1
-    while path.exists() and not overwrite:
-        number += 1
-        path = files.safe_path(host.output_folder() / kind, f"{name.removesuffix(SUFFIX)}-{number}", SUFFIX)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(path)
-    return path.relative_to(host.output_folder() / kind).as_posix().removesuffix(SUFFIX)
+def _save(kind: str, thing: Any, name: str, overwrite: bool) -> str:
+    """Save under a name; returns the name that it has, which may have got a number."""
+    folder = host.output_folder() / kind
+    save = {"directions": files.save_directions, "gradients": files.save_gradients}[kind]
+    path = save(thing, safe_path(folder, name), overwrite=overwrite)
+    return path.relative_to(folder).as_posix().removesuffix(SUFFIX)
 
 
 def _fingerprint(kind: str, name: str) -> str:
     """Changes when the file does, so that a graph queued again sees the new one."""
     try:
         status = find(kind, name).stat()
-    except ElrondError:
+    except (OSError, ElrondError):
         return "missing"
     return f"{status.st_mtime_ns}/{status.st_size}"
 
 
 def _good_name(kind: str, name: str | None) -> bool | str:
     """True, or why a file cannot be saved under this name; None is a name that is wired and not known yet."""
-    return first_error((files.safe_path, host.output_folder() / kind, name, SUFFIX))
+    return first_error((safe_path, host.output_folder() / kind, name))
 
 
 def _name_input(what: str) -> io.String.Input:
@@ -108,7 +119,7 @@ class SaveDirections(io.ComfyNode):
     @classmethod
     def execute(cls, directions: Directions, name: str, overwrite: bool) -> io.NodeOutput:
         """Save."""
-        saved = _save("directions", name, overwrite, lambda path: files.save_directions(directions, path))
+        saved = _save("directions", directions, name, overwrite)
         return io.NodeOutput(directions, saved, ui=ui.PreviewText(f"Saved {len(directions)} directions as {saved}"))
 
 
@@ -187,7 +198,7 @@ class SaveGradients(io.ComfyNode):
     @classmethod
     def execute(cls, gradients: Gradients, name: str, overwrite: bool) -> io.NodeOutput:
         """Save."""
-        saved = _save("gradients", name, overwrite, lambda path: files.save_gradients(gradients, path))
+        saved = _save("gradients", gradients, name, overwrite)
         return io.NodeOutput(gradients, saved, ui=ui.PreviewText(f"Saved {len(gradients)} gradients as {saved}"))
 
 

@@ -11,6 +11,7 @@ What cannot be answered comes back as {"error": one sentence} with status 400 or
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,14 +20,18 @@ from typing import Any
 
 from aiohttp import web
 
+from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.storage import format as files
+from ..elrond_core.storage.names import safe_path
 from . import files as shelf
 from . import host
 
 KIND = "directions"
 LONGEST = 100
-_lock = asyncio.Lock()
+# Bytes of a request: a file's name, a direction's name and two numbers, escaped as JSON may escape them.
+_MOST_BODY = 2**16
+_MOST_INDEX = 2**31
 
 
 def thumbnail(digest: str) -> Path:
@@ -51,7 +56,10 @@ def describe(name: str) -> dict[str, Any]:
     for i, score in enumerate(directions.scores.tolist()):
         digest = directions.digest(i)
         picture = thumbnail(digest)
-        stamp = f"{digest}&v={picture.stat().st_mtime_ns}" if picture.is_file() else ""
+        try:
+            stamp = f"{digest}&v={picture.stat().st_mtime_ns}" if picture.is_file() else ""
+        except OSError:
+            stamp = ""
         entries.append(
             {
                 "index": i,
@@ -79,16 +87,19 @@ def change(name: str, index: int, label: str | None, star: bool | None) -> None:
         ElrondError: if there is no such file or direction, or the label is too long.
     """
     path = shelf.find(KIND, name)
-    directions = files.load_directions(path)
-    directions.pick(index)
     if label is not None and (len(label) > LONGEST or not label.isprintable()):
         raise ElrondError(f"A direction's name has at most {LONGEST} characters, all of them printable.")
-    names, stars = list(directions.names), list(directions.stars)
-    names[index] = names[index] if label is None else label.strip()
-    stars[index] = stars[index] if star is None else star
-    if path.is_relative_to(host.file_folders()[-1]):
-        path = files.safe_path(host.output_folder() / KIND, name, shelf.SUFFIX)
-    files.save_directions(replace(directions, names=tuple(names), stars=tuple(stars)), path)
+
+    def renamed(directions: Directions) -> Directions:
+        directions.pick(index)
+        names, stars = list(directions.names), list(directions.stars)
+        names[index] = names[index] if label is None else label.strip()
+        stars[index] = stars[index] if star is None else star
+        return replace(directions, names=tuple(names), stars=tuple(stars))
+
+    shipped = path.is_relative_to(host.file_folders()[-1])
+    kept = safe_path(host.output_folder() / KIND, name) if shipped else path
+    files.update_directions(kept, renamed, source=path)
 
 
 async def _answer(work: Callable[..., Any], *arguments: Any) -> web.Response:
@@ -96,6 +107,8 @@ async def _answer(work: Callable[..., Any], *arguments: Any) -> web.Response:
         return web.json_response(await asyncio.to_thread(work, *arguments))
     except ElrondError as error:
         return web.json_response({"error": str(error)}, status=404 if "There is no" in str(error) else 400)
+    except OSError as error:
+        return web.json_response({"error": f"The disk does not answer: {error.strerror or error}."}, status=400)
 
 
 async def get_files(request: web.Request) -> web.Response:
@@ -113,22 +126,26 @@ async def post_directions(request: web.Request) -> web.Response:
     # A page of another site can post a form here, but not JSON.
     if request.content_type != "application/json":
         return web.json_response({"error": "Send JSON."}, status=400)
+    body = b""
+    async for part in request.content.iter_any():
+        body += part
+        if len(body) > _MOST_BODY:
+            return web.json_response({"error": f"Send at most {_MOST_BODY} bytes."}, status=400)
     try:
-        wanted = await request.json()
-    except ValueError:
+        # Not as the header says: JSON is UTF-8, and the header may name anything.
+        wanted = json.loads(body.decode())
+    except (ValueError, RecursionError):
         return web.json_response({"error": "This is not JSON."}, status=400)
     good = isinstance(wanted, dict) and type(wanted.get("name")) is str and type(wanted.get("index")) is int
     good = good and type(wanted.get("label")) in (str, type(None)) and type(wanted.get("star")) in (bool, type(None))
-    if not good:
+    if not good or abs(wanted["index"]) >= _MOST_INDEX:
         return web.json_response({"error": "Send a name, an index, and a label or a star."}, status=400)
 
     def work() -> dict[str, Any]:
         change(wanted["name"], wanted["index"], wanted.get("label"), wanted.get("star"))
         return describe(wanted["name"])
 
-    # Two changes at once would each write the file without the other's.
-    async with _lock:
-        return await _answer(work)
+    return await _answer(work)
 
 
 async def get_thumbnail(request: web.Request) -> web.StreamResponse:

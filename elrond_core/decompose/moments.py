@@ -109,32 +109,6 @@ class Moments:
             raise ElrondError("These moments are not finite (NaN or infinity); make them again from the gradients.")
         return self.scatter / (self.count - 1)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What to save: `shape` int64 (3,) of N, R, d; `mean` and `scatter` float64."""
-        shape = torch.tensor([self.count, self.rows, self.width])
-        return {"shape": shape, "mean": self.mean, "scatter": self.scatter}
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, torch.Tensor], provenance: Provenance) -> Moments:
-        """The inverse of `tensors`.
-
-        Raises:
-            ElrondError: if a tensor is missing or has the wrong shape.
-        """
-        try:
-            count, rows, width = tensors["shape"].tolist()
-            mean, scatter = tensors["mean"].double(), tensors["scatter"].double()
-        except (KeyError, ValueError) as error:
-            raise ElrondError("Moments need the tensors shape (3 numbers), mean and scatter.") from error
-        _check_size(rows, width)
-        size = rows * width
-        if count < 0 or mean.shape != (size,) or scatter.shape != (size, size):
-            raise ElrondError(
-                f"Moments of {rows} x {width} values do not fit a mean of {tuple(mean.shape)} "
-                f"and a scatter of {tuple(scatter.shape)}."
-            )
-        return cls(rows, width, provenance.with_(count=count), count, mean, scatter)
-
     def _combine(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
         """Chan, Golub and LeVeque (1983): moments of a union from those of its parts."""
         if count == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -85,7 +86,7 @@ class _Fingerprint:
             case type():
                 return [_kind(value).encode()]
             case types.ModuleType():
-                return [value.__name__.encode()]
+                return [_module(value.__name__).encode()]
             case functools.partial():
                 return [self.of(each) for each in (value.func, value.args, value.keywords)]
             case types.MethodType():
@@ -93,18 +94,23 @@ class _Fingerprint:
             case types.FunctionType():
                 cells = [cell.cell_contents for cell in value.__closure__ or ()]
                 about = (value.__code__, value.__defaults__, value.__kwdefaults__, cells)
-                return [value.__module__.encode(), value.__qualname__.encode(), self.of(about)]
+                return [_module(value.__module__).encode(), value.__qualname__.encode(), self.of(about)]
             case types.CodeType():
                 return [value.co_code, self.of(value.co_names), self.of(value.co_consts)]
             case types.BuiltinFunctionType():
-                return [f"{value.__module__}.{value.__qualname__}".encode()]
+                return [f"{_module(value.__module__)}.{value.__qualname__}".encode()]
         if not hasattr(value, "__dict__"):
             raise NoFingerprintError(f"{_kind(type(value))} has no content that could be compared.")
         return [self.of(vars(value))]
 
 
 def _kind(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return f"{_module(kind.__module__)}.{kind.__qualname__}"
+
+
+def _module(name: str | None) -> str:
+    """A module's name wherever it is installed: the host calls node packs by the path of their folder."""
+    return re.split(r"[/\\\\]", name or "")[-1]
 
 
 # Numbers that are multiplied at once: 8 MiB of them in 64 bits.

@@ -1,32 +1,34 @@
-"""Directions, gradients and moments as files: safetensors, never pickle; docs/format.md describes the format."""
+"""Directions and gradients as files: safetensors, never pickle; docs/format.md describes the format."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import os
 import re
 import sys
+import unicodedata
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 
 from .. import __version__
-from ..decompose.moments import Moments
 from ..directions import Directions
 from ..errors import ElrondError
 from ..gradients import Gradients
 from ..provenance import Provenance
-from .atomic_write import atomic_write
+from .atomic_write import atomic_write, locked, make_folder, reason, remove_abandoned
+from .tensors import CHECKSUM, Entries, Metadata, Tensors, encode, header, plain, read, shown
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
+# Version 1 is the same without a checksum.
+READABLE = ("1", "2")
 NORM_TOLERANCE = 1e-3
-_MAX_HEADER = 4 * 2**20
-_TYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
+_TYPES = {"F32": torch.float32, "I64": torch.int64}
 
 # Per kind, every tensor's type and shape; equal letters are equal lengths.
 _LAYOUTS: dict[str, dict[str, tuple[str, str]]] = {
@@ -39,7 +41,6 @@ _LAYOUTS: dict[str, dict[str, tuple[str, str]]] = {
         "response": ("F32", "MRd"),
         "response_sigma": ("F32", "M"),
     },
-    "moments": {"shape": ("I64", "s"), "mean": ("F64", "P"), "scatter": ("F64", "PP")},
 }
 _COMMON = {"format_version", "kind", "project_version", "family", "d", "rows", "prompt", "concept", "tokens"}
 _COMMON |= {"token_norm", "sigma", "count", "seed", "host"}
@@ -47,30 +48,46 @@ _COMMON |= {"token_norm", "sigma", "count", "seed", "host"}
 _OPTIONAL = {"latent_values", "seeds", "reach", "densities"}
 # Only where there are several noise levels.
 _OPTIONAL_TENSORS = {"response_sigma"}
-_KEYS = {
-    "directions": _COMMON | {"method", "score_name", "names", "stars"},
-    "gradients": _COMMON,
-    "moments": _COMMON,
-}
+_KEYS = {"directions": _COMMON | {"method", "score_name", "names", "stars"}, "gradients": _COMMON}
+_KNOWN = {kind: keys | _OPTIONAL | {CHECKSUM} for kind, keys in _KEYS.items()}
+# Characters that would end a line, or are none.
+_NOT_IN_NAMES = {"Cc", "Cs", "Zl", "Zp"}
 
 
-def save_directions(directions: Directions, path: Path) -> None:
+def save_directions(directions: Directions, path: Path, *, overwrite: bool = True) -> Path:
     """Write a directions file, whole or not at all.
+
+    Args:
+        directions: what to write.
+        path: the file; its folder is made if missing.
+        overwrite: replace a file that is there; if not, a number is added to the name while it is taken.
+
+    Returns:
+        The file that was written.
 
     Raises:
         ElrondError: if the directions are not finite unit vectors, something does not fit the format, or the file
             cannot be written.
     """
-    metadata = {
-        "method": json.dumps(directions.method),
-        "score_name": directions.score_name,
-        "names": json.dumps(directions.names),
-        "stars": json.dumps(directions.stars),
-        "reach": json.dumps(directions.reach),
-        "densities": json.dumps(directions.densities),
-    }
-    tensors = {"vectors": directions.vectors, "scores": directions.scores}
-    _write(path, "directions", tensors, metadata, directions.provenance, directions.width)
+    content = _directions_content(directions, path.name)
+    with _writing(path):
+        return _put(path, content, overwrite)
+
+
+def update_directions(path: Path, change: Callable[[Directions], Directions], source: Path | None = None) -> None:
+    """Change a directions file; what another program saves there meanwhile is neither lost nor mixed in.
+
+    Args:
+        path: the file.
+        change: from what is in the file to what is to be in it; may raise.
+        source: the file to read where there is none at `path` yet.
+
+    Raises:
+        ElrondError: as `load_directions` and `save_directions`.
+    """
+    with _writing(path):
+        directions = load_directions(source if source and not path.exists() else path)
+        atomic_write(path, _directions_content(change(directions), path.name))
 
 
 def load_directions(path: Path, *, family: str | None = None, width: int | None = None) -> Directions:
@@ -87,11 +104,11 @@ def load_directions(path: Path, *, family: str | None = None, width: int | None 
     """
     tensors, metadata, provenance = _read(path, "directions", family, width)
     vectors, scores = tensors["vectors"], tensors["scores"]
-    return Directions(vectors, scores, provenance=provenance, **_described(path, metadata, len(vectors)))
+    return Directions(vectors, scores, provenance=provenance, **_described(path.name, metadata, len(vectors)))
 
 
-def save_gradients(gradients: Gradients, path: Path) -> None:
-    """Write a gradients file, whole or not at all.
+def save_gradients(gradients: Gradients, path: Path, *, overwrite: bool = True) -> Path:
+    """Write a gradients file, whole or not at all; arguments and result as for `save_directions`.
 
     Raises:
         ElrondError: if a gradient is not finite, something does not fit the format, or the file cannot be written.
@@ -99,7 +116,9 @@ def save_gradients(gradients: Gradients, path: Path) -> None:
     tensors = {name: getattr(gradients, name) for name in _LAYOUTS["gradients"]}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     provenance = gradients.provenance.with_(count=len(gradients))
-    _write(path, "gradients", tensors, {}, provenance, gradients.vectors.shape[2])
+    content = _content(path.name, "gradients", tensors, {}, provenance, gradients.vectors.shape[2])
+    with _writing(path):
+        return _put(path, content, overwrite)
 
 
 def load_gradients(path: Path, *, family: str | None = None, width: int | None = None) -> Gradients:
@@ -108,59 +127,22 @@ def load_gradients(path: Path, *, family: str | None = None, width: int | None =
     return Gradients(provenance=provenance, **tensors)
 
 
-def save_moments(moments: Moments, path: Path) -> None:
-    """Write a moments file, whole or not at all.
-
-    Raises:
-        ElrondError: if the moments are not finite, something does not fit the format, or the file cannot be written.
-    """
-    _write(path, "moments", moments.tensors(), {}, moments.provenance.with_(count=moments.count), moments.width)
-
-
-def load_moments(path: Path, *, family: str | None = None, width: int | None = None) -> Moments:
-    """Read a moments file; arguments and errors as for `load_directions`."""
-    tensors, _, provenance = _read(path, "moments", family, width)
-    return Moments.from_tensors(tensors, provenance)
+def _directions_content(directions: Directions, name: str) -> bytes:
+    metadata = {
+        "method": json.dumps(directions.method),
+        "score_name": directions.score_name,
+        "names": json.dumps(directions.names),
+        "stars": json.dumps(directions.stars),
+        "reach": json.dumps(directions.reach),
+        "densities": json.dumps(directions.densities),
+    }
+    tensors = {"vectors": directions.vectors, "scores": directions.scores}
+    return _content(name, "directions", tensors, metadata, directions.provenance, directions.width)
 
 
-_RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{i}" for port in ("COM", "LPT") for i in range(10))}
-_FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"|?*]')
-
-
-def safe_path(folder: Path, name: str, suffix: str = ".safetensors") -> Path:
-    """Where a file that a person named belongs: inside `folder`, in subfolders if the name has slashes.
-
-    Names that another operating system could not store are refused too, since files travel.
-
-    Args:
-        folder: the folder that the file must not leave.
-        name: such as "monster" or "animals/dog", with or without the suffix.
-        suffix: added where it is missing.
-
-    Raises:
-        ElrondError: if the name is empty or too long, leaves the folder, or has a character or part that no file may.
-    """
-    shown = name if len(name) <= 80 else name[:77] + "..."
-    refused = ElrondError(
-        f"{shown!r} cannot be a file name here: use letters, digits, spaces, - and _ in a subfolder/name."
-    )
-    parts = name.strip().replace("\\", "/").removesuffix(suffix).split("/")
-    for part in parts:
-        if not part.strip(". ") or part != part.rstrip(". ") or _FORBIDDEN.search(part):
-            raise refused
-        if part.split(".")[0].rstrip().upper() in _RESERVED or len(part.encode(errors="replace")) > 200:
-            raise refused
-    path = folder.joinpath(*parts[:-1], parts[-1] + suffix)
-    # A link inside the folder may still point out of it.
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise refused
-    return path
-
-
-def _write(
-    path: Path, kind: str, tensors: dict[str, torch.Tensor], own: dict[str, str], provenance: Provenance, width: int
-) -> None:
-    metadata = {key: value for key, value in provenance.extra.items() if key not in _KEYS[kind] | _OPTIONAL}
+def _content(name: str, kind: str, tensors: Tensors, specific: Metadata, provenance: Provenance, width: int) -> bytes:
+    """The bytes of a file, once they are checked as a reader would check them."""
+    metadata = {key: value for key, value in provenance.extra.items() if key not in _KNOWN[kind]}
     metadata |= {
         "format_version": FORMAT_VERSION,
         "kind": kind,
@@ -178,167 +160,133 @@ def _write(
         "host": provenance.host,
         "latent_values": str(provenance.latent_values),
         "seeds": json.dumps(provenance.seeds),
-        **own,
+        **specific,
     }
-    tensors = _plain(kind, tensors)
-    content = save(tensors, metadata)
+    layout = _LAYOUTS[kind]
+    tensors = {key: tensor.detach().to("cpu", _TYPES[layout[key][0]]) for key, tensor in tensors.items()}
     try:
-        _check_header(path, kind, _parsed(path, io.BytesIO(content), len(content)))
-        _check_values(path, kind, tensors, provenance, width)
+        content = encode(tensors, metadata)
+        _check_header(name, kind, *header(name, io.BytesIO(content), len(content)))
+        _check_values(name, kind, tensors)
     except ElrondError as error:
         raise ElrondError(f"Nothing was written: {error}") from error
+    return content
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Make the folder of a file and keep other writers out of it.
+
+    Raises:
+        ElrondError: for whatever the disk refuses in the block.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, content)
+        make_folder(path.parent)
+        remove_abandoned(path.parent)
+        with locked(path.parent):
+            yield
     except OSError as error:
-        raise ElrondError(f"{path.name} could not be written: {error.strerror or error}.") from error
+        raise ElrondError(f"{path.name} could not be written: {reason(error)}.") from error
 
 
-def _plain(kind: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of the types in the file, each with memory of its own, without which the library does not take them."""
-    plain: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        own = tensor.detach().to("cpu", _TYPES[_LAYOUTS[kind][name][0]]).contiguous()
-        memory = own.untyped_storage().data_ptr()
-        shared = memory in {other.untyped_storage().data_ptr() for other in plain.values()}
-        plain[name] = own.clone() if shared else own
-    return plain
+def _put(path: Path, content: bytes, overwrite: bool) -> Path:
+    target, number = path, 1
+    while True:
+        if overwrite or not os.path.lexists(target):
+            try:
+                atomic_write(target, content, overwrite=overwrite)
+                return target
+            except FileExistsError:
+                # Another program, which does not ask for the lock, was faster.
+                if overwrite:
+                    raise
+        number += 1
+        target = path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
-def _read(
-    path: Path, kind: str, family: str | None, width: int | None
-) -> tuple[dict[str, torch.Tensor], dict[str, str], Provenance]:
-    header = _read_header(path)
-    metadata, provenance, d = _check_header(path, kind, header)
-    if (family is not None and family != provenance.family) or (width is not None and width != d):
-        wanted = " ".join(([family] if family else []) + ([f"of width {width}"] if width else []))
-        raise ElrondError(f"{path.name} is for {provenance.family} of width {d}, and this model is {wanted}.")
+def _read(path: Path, kind: str, family: str | None, width: int | None) -> tuple[Tensors, Metadata, Provenance]:
+    about: list[tuple[Provenance, int]] = []
+
+    def check(name: str, entries: Entries, metadata: Metadata) -> None:
+        provenance, d = _check_header(name, kind, entries, metadata)
+        if (family is not None and family != provenance.family) or (width is not None and width != d):
+            wanted = " ".join(([family] if family else []) + ([f"of width {width}"] if width else []))
+            raise ElrondError(f"{name} is for {plain(provenance.family)} of width {d}, and this model is {wanted}.")
+        about.append((provenance, d))
 
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in header}
-    except Exception as error:  # The library raises its own, undocumented types.
-        raise ElrondError(f"{path.name} is damaged: {str(error).rstrip('.')}.") from error
-    _check_values(path, kind, tensors, provenance, d)
-    return tensors, metadata, provenance
-
-
-def _check_header(path: Path, kind: str, header: dict[str, Any]) -> tuple[dict[str, str], Provenance, int]:
-    """Everything that a header says, before a tensor is read; takes the metadata out of it and returns them and d."""
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ElrondError(f"{path.name} has metadata that is not text.")
-    if "kind" not in metadata or "format_version" not in metadata:
-        raise ElrondError(f"{path.name} was not written by ELROND: it does not say what kind of file it is.")
-    if metadata["format_version"] != FORMAT_VERSION:
-        raise ElrondError(
-            f"{path.name} has format version {metadata['format_version']}, and this ELROND reads version "
-            f"{FORMAT_VERSION}: update it."
-        )
-    if metadata["kind"] != kind:
-        raise ElrondError(f"{path.name} holds {metadata['kind']}, not {kind}.")
-    missing = sorted(_KEYS[kind] - set(metadata))
-    if missing:
-        raise ElrondError(f"{path.name} is incomplete: its metadata lacks {', '.join(missing)}.")
-
-    lengths = _check_layout(path, kind, header)
-    provenance = _provenance(path, kind, metadata)
-    d = _integer(metadata, "d", path)
-    if "d" in lengths and lengths["d"] != d:
-        raise ElrondError(f"{path.name} says its width is {d}, and its vectors have {lengths['d']} values.")
-    if "N" in lengths and lengths["N"] != provenance.count:
-        raise ElrondError(f"{path.name} says it is of {provenance.count} gradients, and has {lengths['N']}.")
-    if "R" in lengths:
-        _check_rows(path, provenance, lengths["R"])
-    if kind == "directions":
-        _described(path, metadata, lengths["K"])
-    return metadata, provenance, d
-
-
-def _read_header(path: Path) -> dict[str, Any]:
-    """The JSON header, before anything else is read or allocated."""
-    try:
-        with path.open("rb") as file:
-            return _parsed(path, file, os.fstat(file.fileno()).st_size)
+        tensors, metadata = read(path, check)
     except FileNotFoundError as error:
         raise ElrondError(f"There is no file {path.name}.") from error
-    except OSError as error:
-        raise ElrondError(f"{path.name} could not be read: {error.strerror or error}.") from error
+    _check_values(path.name, kind, tensors)
+    return tensors, metadata, about[0][0]
 
 
-def _parsed(path: Path, file: BinaryIO, size: int) -> dict[str, Any]:
-    damaged = f"{path.name} is not a safetensors file, or is cut short."
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > size - 8:
-        raise ElrondError(damaged)
-    if length > _MAX_HEADER:
-        raise ElrondError(f"{path.name} has a header of {length} bytes, and {_MAX_HEADER} is the most.")
-    try:
-        header = json.loads(file.read(length), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise ElrondError(damaged) from error
-    if not isinstance(header, dict):
-        raise ElrondError(damaged)
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if not _sound(entry, size - 8 - length):
-            raise ElrondError(f"{path.name} is damaged: its tensor {name!r} does not fit the file.")
-    return header
+def _check_header(name: str, kind: str, entries: Entries, metadata: Metadata) -> tuple[Provenance, int]:
+    """Everything that a header says, before a tensor is read; returns where the tensors come from, and d."""
+    if "kind" not in metadata or "format_version" not in metadata:
+        raise ElrondError(f"{name} was not written by ELROND: it does not say what kind of file it is.")
+    version = metadata["format_version"]
+    if version not in READABLE:
+        raise ElrondError(
+            f"{name} has format version {plain(version)}, and this ELROND reads {' and '.join(READABLE)}: update it."
+        )
+    if metadata["kind"] != kind:
+        raise ElrondError(f"{name} holds {plain(metadata['kind'])}, not {kind}.")
+    needed = _KEYS[kind] if version == "1" else _KEYS[kind] | {CHECKSUM}
+    missing = sorted(needed - set(metadata))
+    if missing:
+        raise ElrondError(f"{name} is incomplete: its metadata lacks {', '.join(missing)}.")
+
+    lengths = _check_layout(name, kind, entries)
+    provenance = _provenance(name, kind, metadata)
+    d = _integer(metadata, "d", name)
+    if lengths["d"] != d:
+        raise ElrondError(f"{name} says its width is {d}, and its vectors have {lengths['d']} values.")
+    if "N" in lengths and lengths["N"] != provenance.count:
+        raise ElrondError(f"{name} says it is of {provenance.count} gradients, and has {lengths['N']}.")
+    # What moves all rows of a concept alike has one row, and may have been made for a concept of several.
+    rows = list(provenance.rows)
+    if rows and len(rows) != lengths["R"] != 1:
+        raise ElrondError(f"{name} says it is of {len(rows)} rows, {shown(rows)}, and its vectors have {lengths['R']}.")
+    if "K" in lengths:
+        _described(name, metadata, lengths["K"])
+    return provenance, d
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a repeated key is how one reader is shown another file than the next."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("repeated key")
-    return result
-
-
-def _sound(entry: Any, available: int) -> bool:
-    """Whether a tensor's type, shape and place in the file agree with one another."""
-    match entry:
-        case {"dtype": "F32" | "F64" | "I64" as dtype, "shape": list(shape), "data_offsets": [start, end]}:
-            size = _TYPES[dtype].itemsize
-            whole = all(type(x) is int and x >= 0 for x in (*shape, start, end))  # A bool is an int to isinstance.
-            return whole and len(shape) <= 3 and end <= available and math.prod(shape) * size == end - start
-    return False
-
-
-def _check_layout(path: Path, kind: str, header: dict[str, Any]) -> dict[str, int]:
+def _check_layout(name: str, kind: str, entries: Entries) -> dict[str, int]:
     """Compare the header's tensors with the layout of the kind; return the lengths by letter."""
     layout = _LAYOUTS[kind]
     needed = set(layout) - _OPTIONAL_TENSORS
-    if not needed <= set(header) <= set(layout):
-        raise ElrondError(
-            f"{path.name} should hold the tensors {', '.join(sorted(needed))}, and holds {', '.join(sorted(header))}."
-        )
+    if not needed <= set(entries) <= set(layout):
+        present = ", ".join(plain(key) for key in sorted(entries)[:10])
+        raise ElrondError(f"{name} should hold the tensors {', '.join(sorted(needed))}, and holds {present}.")
     lengths: dict[str, int] = {}
-    for name, (dtype, letters) in layout.items():
-        if name not in header:
+    for key, (dtype, letters) in layout.items():
+        if key not in entries:
             continue
-        entry = header[name]
+        entry = entries[key]
         agrees = entry["dtype"] == dtype and len(entry["shape"]) == len(letters)
         for letter, length in zip(letters, entry["shape"], strict=False):
             agrees = agrees and lengths.setdefault(letter, length) == length
         if not agrees:
-            raise ElrondError(f"{path.name} has a tensor {name!r} of the wrong type or shape, {entry['shape']}.")
+            raise ElrondError(f"{name} has a tensor {key!r} of the wrong type or shape, {shown(entry['shape'])}.")
     if not all(length or letter == "M" for letter, length in lengths.items()):
-        raise ElrondError(f"{path.name} is empty.")
+        raise ElrondError(f"{name} is empty.")
     return lengths
 
 
-def _provenance(path: Path, kind: str, metadata: dict[str, str]) -> Provenance:
-    rows, tokens = _decode(metadata, "rows", path), _decode(metadata, "tokens", path)
-    sigma = _decode(metadata, "sigma", path)
-    seeds = _decode(metadata, "seeds", path) if "seeds" in metadata else []
+def _provenance(name: str, kind: str, metadata: Metadata) -> Provenance:
+    rows, tokens = _decode(metadata, "rows", name), _decode(metadata, "tokens", name)
+    sigma = _decode(metadata, "sigma", name)
+    seeds = _decode(metadata, "seeds", name) if "seeds" in metadata else []
     try:
         token_norm = float(metadata["token_norm"])
     except ValueError:
         token_norm = math.nan
-    texts = _list_of(tokens, str) and 0 < token_norm < math.inf
+    texts = _list_of(tokens, str) and all(map(_is_text, [*tokens, *metadata.values()])) and 0 < token_norm < math.inf
     if not (texts and _numbers(sigma) and all(_list_of(whole, int) and _numbers(whole) for whole in (rows, seeds))):
-        raise ElrondError(f"{path.name} has seeds, rows, tokens, sigma or token_norm that cannot be understood.")
+        raise ElrondError(f"{name} has seeds, rows, tokens, sigma or token_norm that cannot be understood.")
     return Provenance(
         family=metadata["family"],
         prompt=metadata["prompt"],
@@ -347,27 +295,32 @@ def _provenance(path: Path, kind: str, metadata: dict[str, str]) -> Provenance:
         rows=tuple(rows),
         token_norm=token_norm,
         sigma=tuple(float(level) for level in sigma),
-        count=_integer(metadata, "count", path),
-        seed=_integer(metadata, "seed", path),
+        count=_integer(metadata, "count", name),
+        seed=_integer(metadata, "seed", name),
         host=metadata["host"],
-        latent_values=_integer(metadata, "latent_values", path) if "latent_values" in metadata else 0,
+        latent_values=_integer(metadata, "latent_values", name) if "latent_values" in metadata else 0,
         seeds=tuple(seeds),
-        extra={key: value for key, value in metadata.items() if key not in _KEYS[kind] | _OPTIONAL},
+        extra={key: value for key, value in metadata.items() if key not in _KNOWN[kind]},
     )
 
 
-def _described(path: Path, metadata: dict[str, str], count: int) -> dict[str, Any]:
+def _described(name: str, metadata: Metadata, count: int) -> dict[str, Any]:
     """What the metadata say of `count` directions, as attributes of `Directions`."""
-    method = _decode(metadata, "method", path)
-    names, stars = _decode(metadata, "names", path), _decode(metadata, "stars", path)
-    reach, densities = (_decode(metadata, key, path) if key in metadata else [] for key in ("reach", "densities"))
+    method = _decode(metadata, "method", name)
+    names, stars = _decode(metadata, "names", name), _decode(metadata, "stars", name)
+    reach, densities = (_decode(metadata, key, name) if key in metadata else [] for key in ("reach", "densities"))
     good = isinstance(method, dict) and all(isinstance(value, str) for value in method.values())
+    good = good and all(map(_is_text, [*method, *method.values()]))
     good = good and _list_of(names, str, count) and _list_of(stars, bool, count)
     good = good and _numbers(reach) and _numbers(densities, most=1)
     if not (good and {len(reach), len(densities)} <= {0, count}):
         raise ElrondError(
-            f"{path.name} has a method, names, stars, reach or densities that do not fit its {count} directions."
+            f"{name} has a method, names, stars, reach or densities that do not fit its {count} directions."
         )
+    for index, text in enumerate(names):
+        unfit = next((character for character in text if unicodedata.category(character) in _NOT_IN_NAMES), None)
+        if unfit is not None:
+            raise ElrondError(f"{name}: the name of direction {index} has U+{ord(unfit):04X} in it; take it out.")
     return {
         "method": method,
         "score_name": metadata["score_name"],
@@ -378,18 +331,23 @@ def _described(path: Path, metadata: dict[str, str], count: int) -> dict[str, An
     }
 
 
-def _decode(metadata: dict[str, str], key: str, path: Path) -> Any:
+def _decode(metadata: Metadata, key: str, name: str) -> Any:
     try:
         return json.loads(metadata[key])
     except (ValueError, RecursionError) as error:
-        raise ElrondError(f"{path.name} has a {key} that is not JSON.") from error
+        raise ElrondError(f"{name} has a {key} that is not JSON.") from error
 
 
-def _integer(metadata: dict[str, str], key: str, path: Path) -> int:
+def _integer(metadata: Metadata, key: str, name: str) -> int:
     # What int() reads goes further: signs, underscores, other scripts.
     if not re.fullmatch("[0-9]{1,20}", metadata[key]):
-        raise ElrondError(f"{path.name} has a {key} that is not a whole number of zero or more.")
+        raise ElrondError(f"{name} has a {key} that is not a whole number of zero or more.")
     return int(metadata[key])
+
+
+def _is_text(value: str) -> bool:
+    """Whether every program can show it: it has no NUL and no half of a surrogate pair."""
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _list_of(value: Any, kind: type, count: int | None = None) -> bool:
@@ -401,33 +359,17 @@ def _numbers(value: Any, most: float = sys.float_info.max) -> bool:
     return isinstance(value, list) and all(type(x) in (int, float) and 0 <= x <= most for x in value)
 
 
-def _check_rows(path: Path, provenance: Provenance, count: int) -> None:
-    # What moves all rows of a concept alike has one row, and may have been made for a concept of several.
-    rows = list(provenance.rows)
-    if rows and len(rows) != count != 1:
-        raise ElrondError(f"{path.name} says it is of {len(rows)} rows, {rows}, and its vectors have {count}.")
-
-
-def _check_values(path: Path, kind: str, tensors: dict[str, torch.Tensor], provenance: Provenance, width: int) -> None:
+def _check_values(name: str, kind: str, tensors: Tensors) -> None:
     """What tensors hold, beyond their types and shapes."""
-    for name, tensor in tensors.items():
+    for key, tensor in tensors.items():
         finite = torch.isfinite(tensor)[..., None].flatten(1).all(1)
         if not finite.all():
-            raise ElrondError(f"{path.name}: row {int(finite.long().argmin())} of {name} is not finite.")
+            raise ElrondError(f"{name}: row {int(finite.long().argmin())} of {key} is not finite.")
         if tensor.dtype == torch.int64 and (tensor < 0).any():
-            raise ElrondError(f"{path.name}: row {int((tensor < 0).long().argmax())} of {name} is negative.")
+            raise ElrondError(f"{name}: row {int((tensor < 0).long().argmax())} of {key} is negative.")
     if kind == "directions":
         norms = tensors["vectors"].flatten(1).norm(dim=1)
         far = (norms - 1).abs() > NORM_TOLERANCE
         if far.any():
             index = int(far.long().argmax())
-            raise ElrondError(f"{path.name}: direction {index} has norm {float(norms[index]):.4g} instead of 1.")
-    if kind == "moments":
-        shape = tensors["shape"].tolist()
-        size = len(tensors["mean"])
-        if len(shape) != 3 or (shape[0], shape[2]) != (provenance.count, width) or shape[1] * width != size:
-            raise ElrondError(
-                f"{path.name} says it is of {provenance.count} gradients of width {width}, and has the shape {shape} "
-                f"and a mean of {size} values."
-            )
-        _check_rows(path, provenance, shape[1])
+            raise ElrondError(f"{name}: direction {index} has norm {float(norms[index]):.4g} instead of 1.")

@@ -8,17 +8,18 @@ checksum. It appears whole or not at all; one that does not agree with its check
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
+import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 
-from .atomic_write import atomic_write, make_folder
+from ..errors import ElrondError
+from .atomic_write import atomic_write, make_folder, reason, remove_abandoned
+from .tensors import DamagedError, Tensors, encode, read
 
 Batch = dict[str, torch.Tensor]
 # Batches that are joined into one file once they are all there: a folder of a million files serves nobody, and
@@ -26,12 +27,18 @@ Batch = dict[str, torch.Tensor]
 _JOINED = 64
 # About eight collections of the published size (30,000 gradients) of one row of Qwen-Image's width, 3584.
 LIMIT = 8 * 30_000 * 3584 * 4
+_SHARD = re.compile(r"[0-9]{8,}-[0-9]+\.safetensors")
+# Another process may join files while they are listed; each time the listing is read again, fewer are left to join.
+_LISTINGS = 5
+# Seconds within which a collection that was written to may be another process's, which goes on.
+_IN_USE = 3600.0
 
 
 class Shards:
     """The batches of one collection.
 
-    A folder that cannot be written does not stop the work: it is said once, and the batches stay in memory.
+    A folder that cannot be written does not stop the work: each cause is said once, and the batches stay in memory. Two
+    processes may do the same work at once: each keeps what it makes, and their batches are the same.
 
     Args:
         root: folder of all collections.
@@ -43,7 +50,7 @@ class Shards:
         self._folder = root / fingerprint
         self._fingerprint = fingerprint
         self._warn = warn
-        self._complained = False
+        self._complaints: set[str] = set()
         self._batches: dict[int, Batch] = {}
         # Batches that a file holds together with others.
         self._joined: set[int] = set()
@@ -72,63 +79,76 @@ class Shards:
                 for i in range(first, first + _JOINED):
                     self._path(i, 1).unlink(missing_ok=True)
         except OSError as error:
-            if not self._complained:
+            why = reason(error)
+            if why not in self._complaints:
+                self._complaints.add(why)
                 self._warn(
-                    f"Finished work cannot be kept in {self._folder} ({error.strerror or error}): the work goes on, "
-                    "but if it is interrupted it starts from the last batch that was kept."
+                    f"Finished work cannot be kept in {self._folder} ({why}): the work goes on, but if it is "
+                    "interrupted it starts from the last batch that was kept."
                 )
-            self._complained = True
 
     def _path(self, first: int, count: int) -> Path:
         return self._folder / f"{first:08d}-{count}.safetensors"
 
     def _write(self, first: int, batches: list[Batch]) -> None:
         tensors = {f"{first + i}.{name}": tensor for i, batch in enumerate(batches) for name, tensor in batch.items()}
-        path = self._path(first, len(batches))
-        atomic_write(path, save(tensors, {"fingerprint": self._fingerprint, "checksum": self._checksum(tensors)}))
+        atomic_write(self._path(first, len(batches)), encode(tensors, {"fingerprint": self._fingerprint}))
 
     def _read(self) -> None:
-        try:
-            found = sorted(self._folder.iterdir())
-        except OSError:
-            # What keeps it from being read is said when it cannot be written either.
-            return
-        for path in found:
-            if path.suffix == ".tmp":
-                # Left behind by a process that was killed as it wrote.
-                with contextlib.suppress(OSError):
-                    path.unlink()
-                continue
+        remove_abandoned(self._folder)
+        seen: set[str] = set()
+        for _ in range(_LISTINGS):
             try:
-                with safe_open(path, "pt") as file:
-                    tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-                    said = (file.metadata() or {}).get("checksum")
-                good = said == self._checksum(tensors)
-            except Exception:  # The library raises its own, undocumented types.
-                good = False
-            if not good:
-                self._warn(f"{path.name} in {self._folder} is damaged: what it held is done again.")
-                continue
-            numbers = set()
-            for name, tensor in tensors.items():
-                number, _, name = name.partition(".")
-                self._batches.setdefault(int(number), {})[name] = tensor
-                numbers.add(int(number))
-            if len(numbers) > 1:
-                self._joined |= numbers
+                names = sorted(name for name in os.listdir(self._folder) if _SHARD.fullmatch(name))  # noqa: PTH208
+            except OSError:
+                # What keeps it from being read is said when it cannot be written either.
+                return
+            vanished = False
+            for name in names:
+                if name not in seen:
+                    try:
+                        self._take(self._folder / name)
+                        seen.add(name)
+                    except FileNotFoundError:
+                        # Another process has joined it with others, into a file that may be new in the folder.
+                        vanished = True
+            if not vanished:
+                return
 
-    def _checksum(self, tensors: Batch) -> str:
-        """Of everything that is read: names, types, shapes and values, and whose they are."""
-        summed = hashlib.blake2b(self._fingerprint.encode(), digest_size=32)
-        for name in sorted(tensors):
-            tensor = tensors[name]
-            summed.update(f"{name}/{tensor.dtype}/{tuple(tensor.shape)}/".encode())
-            summed.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return summed.hexdigest()
+    def _take(self, path: Path) -> None:
+        """Take over the batches of one file.
+
+        Raises:
+            FileNotFoundError: if it is not there any more.
+        """
+        try:
+            tensors, metadata = read(path)
+            if metadata.get("fingerprint") != self._fingerprint:
+                raise DamagedError("It is of another collection.")
+            batches = _split(tensors)
+        except ElrondError:
+            self._warn(f"{path.name} in {self._folder} is damaged: what it held is done again.")
+            return
+        self._batches |= batches
+        if len(batches) > 1:
+            self._joined |= set(batches)
+
+
+def _split(tensors: Tensors) -> dict[int, Batch]:
+    """Tensors called "number.name" by number and name."""
+    batches: dict[int, Batch] = {}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        if not re.fullmatch("[0-9]{1,12}", number):
+            raise DamagedError("It holds something else.")
+        batches.setdefault(int(number), {})[name] = tensor
+    return batches
 
 
 def prune(root: Path, fingerprint: str, limit: int = LIMIT) -> None:
     """Remove collections that were used longest ago, until all together hold at most `limit` bytes.
+
+    One that was written to within the last hour stays: another process may be at work on it.
 
     Args:
         root: folder of all collections.
@@ -137,13 +157,31 @@ def prune(root: Path, fingerprint: str, limit: int = LIMIT) -> None:
     """
     with contextlib.suppress(OSError):
         os.utime(root / fingerprint)
-    with contextlib.suppress(OSError):
-        found = sorted((p for p in root.iterdir() if p.is_dir()), key=lambda p: (p.name == fingerprint, _used(p)))
-        sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in found]
-        for place, folder in enumerate(found[:-1]):
-            if sum(sizes[place:]) > limit:
-                shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with os.scandir(root) as entries:
+            names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return
+    folders = sorted((root / name for name in names), key=lambda path: (path.name == fingerprint, _used(path)))
+    sizes = [_size(folder) for folder in folders]
+    for place, folder in enumerate(folders):
+        live = folder.name == fingerprint or time.time() - _used(folder) < _IN_USE
+        if not live and sum(sizes[place:]) > limit:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _used(folder: Path) -> float:
-    return folder.stat().st_mtime
+    try:
+        return folder.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files in a folder; what cannot be looked at, such as a link to nowhere, counts as nothing."""
+    total = 0
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                total += entry.stat(follow_symlinks=False).st_size
+    return total

@@ -75,7 +75,7 @@ def encode(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> 
 
 
 def require_checksum(name: str, entries: Entries, metadata: Metadata) -> None:
-    """Refuse a file without a checksum; entries may be any."""
+    """Refuse a file without a checksum."""
     if CHECKSUM not in metadata:
         raise DamagedError(f"{name} is damaged: it has no checksum.")
 
@@ -99,7 +99,7 @@ def read(path: Path, check: Callable[[str, Entries, Metadata], None] = require_c
     name = path.name
     try:
         with _opened(path) as (file, size):
-            entries, metadata = _header(name, file, size)
+            entries, metadata = header(name, file, size)
             check(name, entries, metadata)
             tensors = {key: _tensor(name, file, entry) for key, entry in entries.items()}
     except FileNotFoundError:
@@ -140,6 +140,11 @@ def shown(text: object, most: int = 80) -> str:
     return quoted if len(quoted) <= most else f"{quoted[: most - 3]}..."
 
 
+def plain(text: str) -> str:
+    """As `shown`, without quotation marks."""
+    return shown(text)[1:].removesuffix("'").removesuffix('"')
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     """A regular file and its size; without the flag, opening a named pipe would wait for its writer."""
@@ -151,8 +156,18 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         yield file, status.st_size
 
 
-def _header(name: str, file: BinaryIO, size: int) -> tuple[Entries, Metadata]:
-    """Everything that the header says, in the order of the tensors' bytes."""
+def header(name: str, file: BinaryIO, size: int) -> tuple[Entries, Metadata]:
+    """Everything that the header of an open file says, in the order of the tensors' bytes.
+
+    Args:
+        name: what messages call the file.
+        file: at its start; left at the first tensor.
+        size: bytes of the whole file.
+
+    Raises:
+        DamagedError: if it is no safetensors file, or is cut short.
+        ElrondError: if it is too large.
+    """
     damaged = f"{name} is not a safetensors file, or is cut short."
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
@@ -163,20 +178,20 @@ def _header(name: str, file: BinaryIO, size: int) -> tuple[Entries, Metadata]:
         raise ElrondError(f"{name} has {size} bytes, and {MOST_BYTES} is the most.")
     try:
         # Text that is no Unicode, such as half of a surrogate pair, is a ValueError too.
-        header = json.loads(file.read(length).decode(), object_pairs_hook=_unique)
-        json.dumps(header, ensure_ascii=False).encode()
+        parsed = json.loads(file.read(length).decode(), object_pairs_hook=_unique)
+        json.dumps(parsed, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise DamagedError(damaged) from error
-    if not isinstance(header, dict):
+    if not isinstance(parsed, dict):
         raise DamagedError(damaged)
-    metadata = header.pop("__metadata__", {})
+    metadata = parsed.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise DamagedError(f"{name} has metadata that is not text.")
-    for key, entry in header.items():
+    for key, entry in parsed.items():
         if not _sound(entry):
             raise DamagedError(f"{name} is damaged: its tensor {shown(key)} does not fit the file.")
     place = 0
-    entries = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
+    entries = dict(sorted(parsed.items(), key=lambda item: item[1]["data_offsets"]))
     for key, entry in entries.items():
         start, end = entry["data_offsets"]
         if start != place or end > size - 8 - length:

@@ -1,8 +1,12 @@
 """Files: round trips, refusals, atomic writing, and names that stay in their folder."""
 
+import errno
+import io
 import json
+import os
 import re
 import struct
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +16,14 @@ import safetensors.torch
 import torch
 
 from elrond_core import __version__
-from elrond_core.decompose.moments import Moments
 from elrond_core.directions import Directions
 from elrond_core.errors import ElrondError
 from elrond_core.gradients import Gradients
 from elrond_core.provenance import Provenance
+from elrond_core.storage import atomic_write as writing
 from elrond_core.storage import format as files
+from elrond_core.storage import tensors as tensor_files
+from elrond_core.storage.names import safe_path
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HERE = Provenance(
@@ -50,7 +56,7 @@ def gradients() -> Gradients:
     return Gradients(vectors, torch.full((4,), 14.61), pairs[:, 0], pairs[:, 1], HERE, vectors[:2] / 7)
 
 
-def everything() -> tuple[Directions, Gradients, Moments]:
+def everything() -> tuple[Directions, Gradients]:
     """One of each kind that has all that a file may leave out."""
     merged = HERE.with_(sigma=(14.5, 7.5), latent_values=65536, seeds=(2**63 + 1, 7))
     several = replace(
@@ -59,11 +65,11 @@ def everything() -> tuple[Directions, Gradients, Moments]:
         response_sigma=torch.tensor([14.5, 7.5]),
         provenance=merged,
     )
-    return replace(directions(), provenance=merged), several, Moments.of(several)
+    return replace(directions(), provenance=merged), several
 
 
 def names(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()]
+    return sorted(path.name for path in folder.iterdir() if path.name != writing.LOCK_NAME)
 
 
 def same(one: object, two: object) -> None:
@@ -100,23 +106,29 @@ def test_gradients_round_trip(tmp_path: Path) -> None:
     same(levels, files.load_gradients(tmp_path / "g"))
 
 
-def test_moments_round_trip(tmp_path: Path) -> None:
-    moments = Moments.of(gradients())
-    files.save_moments(moments, tmp_path / "m")
-    same(moments, files.load_moments(tmp_path / "m", family="SDXL"))
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_golden_files_stay_readable(version: str) -> None:
+    # The first files are from before directions had a reach and densities.
+    plain = replace(directions(), reach=(), densities=()) if version == "1" else directions()
+    same(plain, files.load_directions(GOLDEN / f"directions-{version}.safetensors", family="SDXL", width=4))
+    same(gradients(), files.load_gradients(GOLDEN / f"gradients-{version}.safetensors"))
 
 
-def test_golden_files_stay_readable() -> None:
-    # The file is from before directions had a reach and densities.
-    old = replace(directions(), reach=(), densities=())
-    same(old, files.load_directions(GOLDEN / "directions-1.safetensors", family="SDXL", width=4))
-    same(gradients(), files.load_gradients(GOLDEN / "gradients-1.safetensors"))
-    same(Moments.of(gradients()), files.load_moments(GOLDEN / "moments-1.safetensors"))
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_golden_files_with_everything_stay_readable(version: str) -> None:
+    for thing, kind in zip(everything(), ("directions", "gradients"), strict=True):
+        path = GOLDEN / f"{kind}-{version}-everything.safetensors"
+        same(thing, getattr(files, f"load_{kind}")(path, family="SDXL", width=4))
 
 
-def test_golden_files_with_everything_stay_readable() -> None:
-    for thing, kind in zip(everything(), ("directions", "gradients", "moments"), strict=True):
-        same(thing, getattr(files, f"load_{kind}")(GOLDEN / f"{kind}-1-everything.safetensors", family="SDXL", width=4))
+def test_files_are_written_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other programs read these files: what changes in them is a change of the format."""
+    monkeypatch.setattr(files, "__version__", "0.1.0")
+    for thing, kind in zip(everything(), ("directions", "gradients"), strict=True):
+        getattr(files, f"save_{kind}")(thing, tmp_path / kind)
+        content = [path.read_bytes() for path in (tmp_path / kind, GOLDEN / f"{kind}-2-everything.safetensors")]
+        one, other = (tensor_files.header("x", io.BytesIO(each), len(each)) for each in content)
+        assert one == other
 
 
 def test_what_a_file_says_of_itself(tmp_path: Path) -> None:
@@ -124,11 +136,14 @@ def test_what_a_file_says_of_itself(tmp_path: Path) -> None:
     with safetensors.safe_open(tmp_path / "d", "pt") as file:
         metadata = file.metadata()
     assert metadata.pop("project_version") == __version__
+    checksum = metadata.pop("checksum")
+    tensors, text = tensor_files.read(tmp_path / "d")
+    assert checksum == tensor_files.checksum(tensors, text) and re.fullmatch("[0-9a-f]{64}", checksum)
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     assert re.search(r'^version = "(.+)"$', project, re.MULTILINE)[1] == __version__
     decoded = {key: json.loads(text) if text[0] in "[{" else text for key, text in metadata.items()}
     assert decoded == {
-        "format_version": "1",
+        "format_version": "2",
         "kind": "directions",
         "host": "ComfyUI 0.3.75",
         "family": "SDXL",
@@ -169,16 +184,6 @@ def test_selections_round_trip(act: Any, tmp_path: Path) -> None:
     chosen = act(everything()[1])
     files.save_gradients(chosen, tmp_path / "g")
     same(chosen, files.load_gradients(tmp_path / "g"))
-    files.save_moments(Moments.of(chosen), tmp_path / "m")
-    same(Moments.of(chosen), files.load_moments(tmp_path / "m"))
-
-
-def test_merged_moments_round_trip(tmp_path: Path) -> None:
-    whole = Moments.of(gradients())
-    whole.merge(Moments.of(replace(gradients(), provenance=HERE.with_(seed=8, sigma=(3.0,)))))
-    files.save_moments(whole, tmp_path / "m")
-    same(whole, files.load_moments(tmp_path / "m"))
-    assert (whole.provenance.count, whole.provenance.seeds) == (8, (HERE.seed, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -196,10 +201,6 @@ def test_other_types_are_written_as_the_format_has_them(dtype: torch.dtype, tmp_
     assert loaded.sources.dtype == torch.int64
     files.save_directions(replace(directions(), vectors=directions().vectors.to(dtype)), tmp_path / "d")
     same(directions(), files.load_directions(tmp_path / "d"))
-    moments = Moments.of(gradients())
-    moments.scatter = moments.scatter.to(dtype)
-    files.save_moments(moments, tmp_path / "m")
-    assert files.load_moments(tmp_path / "m").scatter.dtype == torch.float64
 
 
 def test_tensors_that_share_their_memory_are_written(tmp_path: Path) -> None:
@@ -234,15 +235,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(ElrondError, match=r"^d could not be written: No space left on device\.$"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ElrondError, match=r"^d could not be written: the disk is full; free some space\.$"):
         files.save_directions(replace(directions(), names=("other",) * 4), path)
     assert names(tmp_path) == ["d"]
     same(directions(), files.load_directions(path))
-
-
-def moments(**changes: Any) -> Moments:
-    return replace(Moments.of(gradients()), **changes)
 
 
 def of(thing: Any, **changes: Any) -> Any:
@@ -262,10 +259,10 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["directions", "gradients", "moments"])
+@pytest.mark.parametrize("kind", ["directions", "gradients"])
 @pytest.mark.parametrize(("changes", "sentence"), BAD)
 def test_what_could_not_be_read_is_not_written(kind: str, changes: dict, sentence: str, tmp_path: Path) -> None:
-    good = {"directions": directions, "gradients": gradients, "moments": moments}[kind]()
+    good = {"directions": directions, "gradients": gradients}[kind]()
     save, load = getattr(files, f"save_{kind}"), getattr(files, f"load_{kind}")
     save(good, tmp_path / "x")
     with pytest.raises(ElrondError, match=rf"^Nothing was written: x .*{sentence}"):
@@ -282,10 +279,6 @@ def test_what_could_not_be_read_is_not_written(kind: str, changes: dict, sentenc
         (replace(gradients(), vectors=gradients().vectors.double() * 1e300), "row 0 of vectors is not finite"),
         (replace(gradients(), sigma=torch.ones(4, 1)), "'sigma' of the wrong type or shape"),
         (replace(gradients(), response=gradients().response * torch.nan), "row 0 of response is not finite"),
-        (moments(scatter=torch.full((12, 12), torch.nan)), "row 0 of scatter is not finite"),
-        (moments(rows=2), r"the shape \[4, 2, 4\] and a mean of 12 values"),
-        (moments(count=-4), "a count that is not a whole number"),
-        (moments(mean=torch.zeros(3)), "'scatter' of the wrong type or shape"),
         (replace(directions(), scores=torch.tensor([1, 1, 1, 1e300], dtype=torch.float64)), "row 3 of scores"),
         (replace(directions(), reach=(1.0, 2.0, 3.0, -1.0)), "do not fit its 4 directions"),
     ],
@@ -322,18 +315,17 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 
 def rewritten(path: Path, tensors: dict | None = None, kind: str = "directions", /, **metadata: str | None) -> None:
     """A valid file of directions, or of another kind, with some tensors or metadata replaced."""
-    whole = dict(zip(("directions", "gradients", "moments"), everything(), strict=True))
+    whole = dict(zip(("directions", "gradients"), everything(), strict=True))
     getattr(files, f"save_{kind}")(directions() if kind == "directions" else whole[kind], path)
-    with safetensors.safe_open(path, "pt") as file:
-        header = file.metadata() | metadata
-    kept = {key: value for key, value in header.items() if value is not None}
-    safetensors.torch.save_file({**safetensors.torch.load_file(path), **(tensors or {})}, path, kept)
+    kept, said = tensor_files.read(path)
+    said = {key: value for key, value in {**said, **metadata}.items() if value is not None}
+    path.write_bytes(tensor_files.encode({**kept, **(tensors or {})}, said))
 
 
 @pytest.mark.parametrize(
     ("metadata", "sentence"),
     [
-        ({"format_version": "2"}, "format version 2, and this ELROND reads version 1"),
+        ({"format_version": "3"}, "format version 3, and this ELROND reads 1 and 2"),
         ({"kind": None}, "was not written by ELROND"),
         ({"prompt": None, "seed": None}, "its metadata lacks prompt, seed"),
         ({"d": "5"}, "says its width is 5, and its vectors have 4"),
@@ -383,7 +375,7 @@ def test_bad_metadata(metadata: dict, sentence: str, tmp_path: Path) -> None:
         ({"vectors": directions().vectors * 2}, "direction 0 has norm 2 instead of 1"),
         ({"vectors": directions().vectors + torch.nan}, "row 0 of vectors is not finite"),
         ({"vectors": directions().vectors.double()}, "'vectors' of the wrong type"),
-        ({"vectors": directions().vectors.half()}, "'vectors' does not fit the file"),
+        ({"vectors": directions().vectors.half()}, "'vectors' of the wrong type"),
         ({"vectors": torch.zeros(4, 12)}, "'vectors' of the wrong type or shape, "),
         ({"scores": torch.zeros(3)}, "'scores' of the wrong type or shape, "),
         ({"vectors": torch.zeros(0, 3, 4), "scores": torch.zeros(0)}, "is empty"),
@@ -405,14 +397,6 @@ def test_bad_tensors(tensors: dict, sentence: str, tmp_path: Path) -> None:
         ("gradients", {"targets": torch.tensor([1, 3, 5, -7])}, {}, "row 3 of targets is negative"),
         ("gradients", {"vectors": gradients().vectors + torch.nan}, {}, "row 0 of vectors is not finite"),
         ("gradients", {"response_sigma": torch.tensor([1, torch.inf])}, {}, "row 1 of response_sigma is not finite"),
-        ("moments", {}, {"d": "5"}, r"of 4 gradients of width 5, and has the shape \[4, 3, 4\]"),
-        ("moments", {}, {"count": "9"}, r"of 9 gradients of width 4, and has the shape \[4, 3, 4\]"),
-        ("moments", {}, {"rows": "[5]"}, r"of 1 rows, \[5\], and its vectors have 3"),
-        ("moments", {"shape": torch.tensor([4, 3])}, {}, r"the shape \[4, 3\]"),
-        ("moments", {"shape": torch.tensor([4, 2, 4])}, {}, "a mean of 12 values"),
-        ("moments", {"shape": torch.tensor([4, -3, -4])}, {}, "row 1 of shape is negative"),
-        ("moments", {"mean": torch.full((12,), torch.nan).double()}, {}, "row 0 of mean is not finite"),
-        ("moments", {"scatter": torch.full((12, 12), torch.inf).double()}, {}, "row 0 of scatter is not finite"),
     ],
 )
 def test_what_a_file_says_must_be_so(kind: str, tensors: dict, metadata: dict, sentence: str, tmp_path: Path) -> None:
@@ -470,13 +454,28 @@ def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
         files.load_directions(path)
 
 
-def test_every_truncation_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "d"
-    files.save_directions(directions(), path)
-    content = path.read_bytes()
-    for length in range(0, len(content), 13):
-        path.write_bytes(content[:length])
-        with pytest.raises(ElrondError):
+@pytest.mark.parametrize("more", [b"x", bytes(4096)])
+def test_what_follows_the_tensors_is_refused(more: bytes, tmp_path: Path) -> None:
+    files.save_directions(directions(), tmp_path / "d")
+    (tmp_path / "d").write_bytes((tmp_path / "d").read_bytes() + more)
+    with pytest.raises(ElrondError, match=r"^d is damaged: there is more in it than its tensors\.$"):
+        files.load_directions(tmp_path / "d")
+
+
+def test_a_file_larger_than_memory_is_refused(tmp_path: Path) -> None:
+    """A sparse file takes no room on the disk; nothing of its size is allocated."""
+    entry = {"dtype": "F32", "shape": [2**30, 2**10, 2**10], "data_offsets": [0, 2**42]}
+    path, most = tmp_path / "d", tensor_files.MOST_BYTES
+    for size, sentence in (
+        (most + 1, f"has {most + 1} bytes, and {most} is the most"),
+        (most, "does not fit the file"),
+    ):
+        path.write_bytes(raw({"vectors": entry}))
+        try:
+            os.truncate(path, size)
+        except OSError:
+            pytest.skip("This file system has no sparse files of this size.")
+        with pytest.raises(ElrondError, match=sentence):
             files.load_directions(path)
 
 
@@ -485,6 +484,238 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         files.load_directions(tmp_path / "d")
     with pytest.raises(ElrondError, match="could not be read"):
         files.load_directions(tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="named pipes of POSIX")
+def test_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "d")
+    with pytest.raises(ElrondError, match="is not a regular file"):
+        files.load_directions(tmp_path / "d")
+
+
+def test_what_is_loaded_does_not_change_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "g"
+    files.save_gradients(gradients(), path)
+    loaded = files.load_gradients(path)
+    content = path.read_bytes()
+    with path.open("r+b") as file:
+        file.seek(len(content) - 300)
+        file.write(bytes(300))
+    same(gradients(), loaded)
+    # Of mapped memory this would be the end of the process.
+    os.truncate(path, 0)
+    same(gradients(), loaded)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the header and the tensors another file takes the name, or other bytes take the file's place."""
+    path, vectors = tmp_path / "d", torch.eye(128)[:, None]
+    # More than a buffer holds, which would still be the old file.
+    first, other = (Directions(each, torch.ones(128), {}, Provenance("SDXL")) for each in (vectors, vectors.flip(0)))
+    files.save_directions(first, path)
+    files.save_directions(other, tmp_path / "other")
+    content = (tmp_path / "other").read_bytes()
+    tensor = tensor_files._tensor
+
+    def replaced(*arguments: Any) -> torch.Tensor:
+        if (tmp_path / "other").exists():
+            (tmp_path / "other").replace(path)
+        return tensor(*arguments)
+
+    def overwritten(*arguments: Any) -> torch.Tensor:
+        path.write_bytes(content)
+        return tensor(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tensor_files, "_tensor", replaced)
+        same(first, files.load_directions(path))
+    same(other, files.load_directions(path))
+    files.save_directions(first, path)
+    monkeypatch.setattr(tensor_files, "_tensor", overwritten)
+    with pytest.raises(ElrondError, match="does not agree with its checksum"):
+        files.load_directions(path)
+
+
+def test_a_name_that_is_taken_gets_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "v1.2.safetensors"
+    assert files.save_directions(directions(), path, overwrite=False) == path
+    (tmp_path / "v1.2-2.safetensors").symlink_to(tmp_path / "nowhere")
+    other = replace(directions(), score_name="other")
+    assert files.save_directions(other, path, overwrite=False) == tmp_path / "v1.2-3.safetensors"
+    same(directions(), files.load_directions(path))
+    assert files.save_directions(other, path) == path
+    same(other, files.load_directions(path))
+    assert files.save_gradients(gradients(), path, overwrite=False).name == "v1.2-4.safetensors"
+    assert names(tmp_path) == [*(f"v1.2-{number}.safetensors" for number in (2, 3, 4)), "v1.2.safetensors"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_another_program_makes_meanwhile_stays(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that asks for no lock, and where the file system has no links."""
+    lexists = os.path.lexists
+
+    def faster(path: Any) -> bool:
+        found = lexists(path)
+        if path == tmp_path / "d":
+            path.write_bytes(b"another program's")
+        return found
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os.path, "lexists", faster)
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+    assert files.save_directions(directions(), tmp_path / "d", overwrite=False).name == "d-2"
+    assert (tmp_path / "d").read_bytes() == b"another program's"
+    same(directions(), files.load_directions(tmp_path / "d-2"))
+    assert names(tmp_path) == ["d", "d-2"]
+
+
+def test_a_file_that_is_open_elsewhere_is_replaced_a_little_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows refuses to replace a file while another program reads it."""
+    rename, refused = Path.replace, []
+
+    def busy(path: Path, target: Path) -> Path:
+        if len(refused) < 3:
+            refused.append(target)
+            raise PermissionError(errno.EACCES, "Access is denied")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", busy)
+    monkeypatch.setattr(writing, "_ATTEMPTS", 4)
+    files.save_directions(directions(), tmp_path / "d")
+    same(directions(), files.load_directions(tmp_path / "d"))
+    assert len(refused) == 3
+
+
+def test_temporary_files_of_dead_writers_go_and_those_of_live_ones_stay(tmp_path: Path) -> None:
+    dead, live, other = (tmp_path / f".d.{digit * 32}.tmp" for digit in "abg")
+    for path in (dead, live, other):
+        path.write_bytes(b"part")
+    for path in (dead, other):
+        os.utime(path, (time.time() - 3700,) * 2)
+    files.save_directions(directions(), tmp_path / "d")
+    # The last is not named as a temporary file of the pack is.
+    assert names(tmp_path) == sorted([live.name, other.name, "d"])
+
+
+def test_a_change_is_made_of_what_is_in_the_file(tmp_path: Path) -> None:
+    shipped, path = tmp_path / "shipped", tmp_path / "folder" / "d"
+    files.save_directions(directions(), shipped)
+
+    def starred(index: int) -> Any:
+        return lambda d: replace(d, stars=tuple(star or i == index for i, star in enumerate(d.stars)))
+
+    files.update_directions(path, starred(1), source=shipped)
+    files.update_directions(path, starred(2), source=shipped)
+    assert files.load_directions(path).stars == (True, True, True, True)
+    same(directions(), files.load_directions(shipped))
+    with pytest.raises(ElrondError, match="There is no file"):
+        files.update_directions(tmp_path / "none", starred(1))
+    with pytest.raises(ElrondError, match=r"^Nothing was written"):
+        files.update_directions(path, lambda d: replace(d, names=("a\nb", "", "", "")))
+    assert files.load_directions(path).names == directions().names
+
+
+def test_a_writer_that_does_not_let_go_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "_PATIENCE", 0.05)
+    with (
+        writing.locked(tmp_path),
+        pytest.raises(ElrondError, match=r"^d could not be written: another program has been writing there"),
+    ):
+        files.save_directions(directions(), tmp_path / "d")
+    files.save_directions(directions(), tmp_path / "d")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_written_all_the_same(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(writing.FileLock, "acquire", refuse)
+    files.save_directions(directions(), tmp_path / "d")
+    same(directions(), files.load_directions(tmp_path / "d"))
+
+
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [
+        (errno.ENOSPC, "the disk is full; free some space"),
+        (errno.EROFS, "the disk is read-only; choose another folder"),
+        (errno.EACCES, "the folder may not be written to; change its permissions"),
+    ],
+)
+@pytest.mark.parametrize("step", ["mkdir", "open", "fsync"])
+def test_a_disk_that_refuses_is_one_sentence_without_a_path(
+    step: str, number: int, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), "/a/secret/path")
+
+    monkeypatch.setattr(os if step == "fsync" else Path, step, refuse)
+    with pytest.raises(ElrondError, match=rf"^d could not be written: {sentence}\.$"):
+        files.save_directions(directions(), tmp_path / "folder" / "d")
+
+
+HOSTILE = "x" * 65536 + "\u202e\x1b[31m\n"
+
+
+@pytest.mark.parametrize("kind", ["directions", "gradients"])
+def test_messages_quote_little_and_on_one_line(kind: str, tmp_path: Path) -> None:
+    """Whatever long text a file has in whichever place, the sentence about it stays short."""
+    path = tmp_path / "d"
+    rewritten(path, {}, kind)
+    tensors, metadata = tensor_files.read(path)
+    texts = (HOSTILE, json.dumps(HOSTILE), json.dumps([HOSTILE]), "7" * 65536, json.dumps([7] * 20000), '"\\ud800"')
+    files_of = [(tensors, {**metadata, key: text}) for key in metadata for text in texts]
+    files_of += [({**tensors, HOSTILE: torch.zeros(1)}, metadata), ({HOSTILE: torch.zeros(1)}, metadata)]
+    refused = 0
+    for changed, said in files_of:
+        path.write_bytes(tensor_files.encode(changed, said))
+        try:
+            getattr(files, f"load_{kind}")(path)
+        except ElrondError as error:
+            refused += 1
+            assert len(str(error)) < 300 and str(error).isprintable(), str(error)[:300]
+    assert refused > len(files_of) / 2
+
+
+@pytest.mark.parametrize("text", ["a\nb", "a\0b", "\x1b[31m", "a\u2028b", "\ud800", "\x9b"])
+def test_names_that_are_no_line_of_text_are_neither_written_nor_read(text: str, tmp_path: Path) -> None:
+    named = replace(directions(), names=("", "", text, ""))
+    code = next(f"U\\+{ord(c):04X}" for c in text if not c.isprintable())
+    with pytest.raises(ElrondError, match=f"^Nothing was written: d: the name of direction 2 has {code} in it"):
+        files.save_directions(named, tmp_path / "d")
+    rewritten(tmp_path / "d", names=json.dumps(named.names))
+    with pytest.raises(ElrondError, match=f"^d: the name of direction 2 has {code} in it"):
+        files.load_directions(tmp_path / "d")
+
+
+@pytest.mark.parametrize("key", ["family", "prompt", "concept", "host", "score_name", "tokens", "method", "extra"])
+@pytest.mark.parametrize("character", ["\0", "\ud800"])
+def test_texts_that_no_program_can_show_are_refused(key: str, character: str, tmp_path: Path) -> None:
+    wrapped = {"tokens": (character,), "method": {"name": character}, "extra": {"note": character}}
+    of_directions = key in ("score_name", "method")
+    bad = (replace if of_directions else of)(directions(), **{key: wrapped.get(key, character)})
+    with pytest.raises(ElrondError, match=r"^Nothing was written: (d has|A text has a character that is not Unicode)"):
+        files.save_directions(bad, tmp_path / "d")
+    assert not names(tmp_path)
+
+
+def test_names_in_other_scripts_are_welcome(tmp_path: Path) -> None:
+    spoken = ("größe", "می\u200cخواهم", "שלום", "👨\u200d👩\u200d👧")
+    named = of(replace(directions(), names=spoken), prompt="two\nlines")
+    files.save_directions(named, tmp_path / "d")
+    same(named, files.load_directions(tmp_path / "d"))
 
 
 @pytest.mark.parametrize(
@@ -496,10 +727,13 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         ("animals/größter dog", "animals/größter dog.safetensors"),
         ("animals\\dog", "animals/dog.safetensors"),
         (" console ", "console.safetensors"),
+        ("com10", "com10.safetensors"),
+        ("犬 الكلب", "犬 الكلب.safetensors"),
+        ("x" * 200 + "-2", "x" * 200 + "-2.safetensors"),
     ],
 )
 def test_good_names(name: str, relative: str, tmp_path: Path) -> None:
-    assert files.safe_path(tmp_path, name) == tmp_path / relative
+    assert safe_path(tmp_path, name) == tmp_path / relative
 
 
 BAD_NAMES = (
@@ -507,10 +741,34 @@ BAD_NAMES = (
 )
 
 
-@pytest.mark.parametrize("name", [*BAD_NAMES.split("|"), "a\0b", "a\nb", "x" * 201])
+UNSEEN = [
+    "a\0b",
+    "a\nb",
+    "a\u200bb",
+    "\u200b",
+    "a\u202egpj.b",
+    "a\u2066b",
+    "\ufeffa",
+    "\u3164",
+    "a\u00ad",
+    "a\ud800",
+    "\x9b",
+]
+PORTS = ["com¹", "LPT³.txt", "a/COM²", "conin$", "CONOUT$.x"]
+
+
+@pytest.mark.parametrize("name", [*BAD_NAMES.split("|"), *UNSEEN, *PORTS, "x" * 201, "é" * 101, "a/" * 600 + "a"])
 def test_bad_names(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ElrondError, match="cannot be a file name here") as caught:
+        safe_path(tmp_path, name)
+    assert len(str(caught.value)) < 200 and str(caught.value).isprintable()
+
+
+def test_links_in_a_circle_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
     with pytest.raises(ElrondError, match="cannot be a file name here"):
-        files.safe_path(tmp_path, name)
+        safe_path(tmp_path, "a/x")
 
 
 def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
@@ -518,4 +776,4 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     inside.mkdir()
     (inside / "out").symlink_to(tmp_path, target_is_directory=True)
     with pytest.raises(ElrondError, match="cannot be a file name here"):
-        files.safe_path(inside, "out/x")
+        safe_path(inside, "out/x")

@@ -1,4 +1,4 @@
-"""Moments: streaming, merging and saving give what one pass over everything gives."""
+"""Moments: streaming and merging give what one pass over everything gives."""
 
 import os
 import subprocess
@@ -120,13 +120,6 @@ def test_what_does_not_belong_together_is_not_merged(changes: dict, sentence: st
     assert left.count == 5 and left.provenance == HERE.with_(count=5)
 
 
-def test_tensors_round_trip() -> None:
-    moments = _moments(_sample())
-    again = Moments.from_tensors(moments.tensors(), HERE)
-    assert (again.count, again.rows, again.width) == (501, 2, 9)
-    assert torch.equal(again.scatter, moments.scatter) and torch.equal(again.mean, moments.mean)
-
-
 def test_a_bad_row_is_named_by_its_place_among_all() -> None:
     moments = _moments(_sample(10))
     bad = _sample(5)
@@ -160,12 +153,9 @@ def test_a_response_that_is_not_finite_is_named() -> None:
         (lambda m: m.add(torch.zeros(())), r"A batch must be vectors, .* and has \(\)"),
         (lambda m: Moments.empty(0, 9, HERE), "at least 1 x 1 values, and these would have 0 x 9"),
         (lambda m: Moments.empty(2, 0, HERE), "at least 1 x 1 values, and these would have 2 x 0"),
-        (lambda m: Moments.from_tensors({**m.tensors(), "shape": torch.tensor([5, -2, -9])}, HERE), "have -2 x -9"),
         (lambda m: m.add(torch.zeros(3, 4)), "vectors of 18 values, and the batch has 4"),
         (lambda m: m.merge(Moments.empty(1, 9, HERE)), "2 x 9 values cannot be merged with 1 x 9"),
         (lambda m: m.covariance(), "at least 2 gradients, got 0"),
-        (lambda m: Moments.from_tensors({}, HERE), "Moments need the tensors"),
-        (lambda m: Moments.from_tensors({**m.tensors(), "mean": torch.zeros(3)}, HERE), "do not fit a mean of"),
     ],
 )
 def test_what_is_refused(act, sentence: str) -> None:

@@ -1,11 +1,14 @@
 """Collections that go on after an interruption: crashes, bad disks, damaged shards; fingerprints and clean-up."""
 
 import contextlib
+import errno
 import functools
 import os
 import signal
 import subprocess
 import sys
+import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -113,11 +116,80 @@ def test_killed_in_the_middle_of_a_shard(tmp_path: Path, uninterrupted: Gradient
     command = [sys.executable, "-c", CRASH, str(tmp_path), str(number), event]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert any(path.name.endswith(".tmp") for path in files(tmp_path)) == (event == "os.rename")
+    temporary = [path for path in files(tmp_path) if path.name.endswith(".tmp")]
+    assert len(temporary) == (event == "os.rename")
+    for path in temporary:
+        os.utime(path, (time.time() - 3700,) * 2)
     found, calls = run(tmp_path)
     same(found, uninterrupted)
     assert calls == 150 - len(done.stdout.split()) - (number == 65)
     assert not any(path.name.endswith(".tmp") for path in files(tmp_path))
+
+
+def test_another_process_at_the_same_work_loses_nothing(tmp_path: Path) -> None:
+    """What it is writing stays, and what it joins with others while it is listed is found in the new file."""
+    batches = [{"vectors": torch.full((2,), float(number))} for number in range(64)]
+    first = Shards(tmp_path, "ab", pytest.fail)
+    for number in range(63):
+        first.put(number, batches[number])
+    live = tmp_path / "ab" / f".00000063-1.safetensors.{'a' * 32}.tmp"
+    live.write_bytes(b"a part of it")
+
+    class Late(Shards):
+        """Reads a file only after the other process has joined all."""
+
+        def _take(self, path: Path) -> None:
+            if len(first) == 63:
+                first.put(63, batches[63])
+            super()._take(path)
+
+    late = Late(tmp_path, "ab", pytest.fail)
+    assert len(late) == 64
+    assert all(torch.equal(late.get(number)["vectors"], batches[number]["vectors"]) for number in range(64))
+    assert live.exists()
+
+
+@posix
+@pytest.mark.parametrize("kind", ["pipe", "dangling link", "folder", "other names"])
+def test_what_is_no_shard_does_no_harm(tmp_path: Path, kind: str) -> None:
+    """A named pipe would be waited for, a link to nowhere is a file that is not there."""
+    Shards(tmp_path, "ab", pytest.fail).put(0, {"vectors": torch.ones(2)})
+    path = tmp_path / "ab" / "00000001-1.safetensors"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "dangling link":
+        path.symlink_to(tmp_path / "nowhere")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        for name in ("notes.txt", "x-1.safetensors", "1-1.safetensors", ".hidden"):
+            (tmp_path / "ab" / name).write_bytes(b"x")
+    said: list[str] = []
+    kept = Shards(tmp_path, "ab", said.append)
+    assert len(kept) == 1 and len(said) == (kind in ("pipe", "folder"))
+    kept.put(1, {"vectors": torch.zeros(2)})
+    assert len(Shards(tmp_path, "ab", lambda sentence: None)) == (1 if kind == "folder" else 2)
+
+
+def test_a_shard_of_another_collection_is_not_taken(tmp_path: Path) -> None:
+    Shards(tmp_path, "ab", pytest.fail).put(0, {"vectors": torch.ones(2)})
+    (tmp_path / "ab").rename(tmp_path / "cd")
+    said: list[str] = []
+    assert not len(Shards(tmp_path, "cd", said.append)) and "is damaged" in said[0]
+
+
+def test_each_cause_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    kept = Shards(tmp_path, "ab", said.append)
+    for number, code in enumerate((errno.EACCES, errno.EACCES, errno.ENOSPC, errno.EACCES, errno.ENOSPC)):
+
+        def refuse(*_: object, code: int = code) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, "fsync", refuse)
+        kept.put(number, {"vectors": torch.ones(2)})
+    assert len(said) == 2 and len(kept) == 5
+    assert "may not be written to" in said[0] and "the disk is full" in said[1]
 
 
 @pytest.mark.parametrize("joined", [True, False])
@@ -240,9 +312,23 @@ def test_clean_up_removes_what_was_used_longest_ago(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "newer", "newest"]
     prune(tmp_path, "mine", limit=50)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-    prune(tmp_path / "not there", "mine")
+    prune(tmp_path / "not there", "mine", limit=0)
     prune(tmp_path, "of a collection that has not begun")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_clean_up_is_not_stopped_by_one_bad_file(tmp_path: Path) -> None:
+    """Links to nowhere count as nothing; a collection of the last hour may be another process's."""
+    for age, name in enumerate(["live", "newer", "old", "mine"]):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.safetensors").write_bytes(bytes(100))
+        (tmp_path / name / "link").symlink_to(tmp_path / "nowhere")
+        if name != "live":
+            os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    (tmp_path / "linked").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "a file").write_bytes(bytes(1000))
+    prune(tmp_path, "mine", limit=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a file", "linked", "live", "mine"]
 
 
 def scaled(factor: float, shift: float = 0.0) -> Callable[[float], float]:
@@ -282,6 +368,20 @@ def test_fingerprints_tell_contents_apart_and_nothing_else() -> None:
     script = "from tests.core.test_shards import values, fingerprint; print(*map(fingerprint, values()))"
     other = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert other.stdout.split() == one
+
+
+def test_a_fingerprint_does_not_depend_on_where_the_host_is_installed() -> None:
+    """The host calls a node pack by the path of its folder, and its modules by that and their own names."""
+    source = "def patch(x):\n    return x + 1\n\nclass Patch:\n    def __init__(self):\n        self.scale = 2\n"
+    found = []
+    for folder in ("/home/one/ComfyUI/custom_nodes/", "/opt/two_x_0/custom_nodes/", "C:\\ComfyUI\\custom_nodes\\"):
+        module = types.ModuleType(f"{folder}pack.nodes")
+        exec(compile(source, f"{folder}pack/nodes.py", "exec"), module.__dict__)
+        found.append(fingerprint(module.patch, module.Patch(), module.Patch, module))
+    assert len(set(found)) == 1
+    other = types.ModuleType("/home/one/ComfyUI/custom_nodes/other.nodes")
+    exec(source, other.__dict__)
+    assert fingerprint(other.patch, other.Patch(), other.Patch, other) != found[0]
 
 
 def test_what_has_no_content_has_no_fingerprint() -> None:

@@ -34,7 +34,7 @@ from demo.world import CONTINUOUS, FACTORS, SHAPES, Measurement, measure
 PACK = host.pack()
 from comfyui_elrond.elrond_core.decompose.pca import fit_pca  # noqa: E402
 from comfyui_elrond.elrond_core.decompose.response import fit_response  # noqa: E402
-from comfyui_elrond.elrond_core.decompose.sae import train_sae  # noqa: E402
+from comfyui_elrond.elrond_core.decompose.sae_training import train_sae  # noqa: E402
 from comfyui_elrond.elrond_core.decompose.words import fit_words  # noqa: E402
 from comfyui_elrond.elrond_core.dimension.correlation import box_dimension  # noqa: E402
 from comfyui_elrond.elrond_core.dimension.report import estimate_lid  # noqa: E402
@@ -205,7 +205,7 @@ def directions() -> dict[str, Any]:
         "response": lambda: fit_response(gradients, significance=0, limit=LEADING)[0],
         "response_rotated": lambda: fit_response(gradients, significance=0, limit=LEADING, rotate=True)[0],
         "words": lambda: fit_words(gradients, words, bare, moved, significance=0, limit=LEADING),
-        "sae": lambda: train_sae(gradients)[0],
+        "sae": lambda: train_sae(gradients).directions,
         "random": lambda: Directions(noise, torch.ones(LEADING), {}, gradients.provenance),
     }
     figures: dict[str, Any] = {"purity": {}, "coverage": {}, "label_agreement": {}, "purity_by_direction": {}}

@@ -49,7 +49,7 @@ from demo.world import CONTINUOUS, SHAPES, Measurement, measure
 PACK = host.pack()
 from comfyui_elrond.elrond_core.decompose.pca import fit_pca  # noqa: E402
 from comfyui_elrond.elrond_core.decompose.response import fit_response  # noqa: E402
-from comfyui_elrond.elrond_core.decompose.sae import train_sae  # noqa: E402
+from comfyui_elrond.elrond_core.decompose.sae_training import train_sae  # noqa: E402
 from comfyui_elrond.elrond_core.decompose.words import fit_words  # noqa: E402
 from comfyui_elrond.elrond_core.directions import Directions  # noqa: E402
 from comfyui_elrond.elrond_core.seeding import generator, normal  # noqa: E402
@@ -238,7 +238,7 @@ def discover(teacher: Demo, folder: Path) -> dict[str, list[Directions]]:
             save_gradients(gradients.args[0], path)
         gradients = load_gradients(path)
         found["pca"].append(fit_pca(gradients)[0])
-        found["sae"].append(train_sae(gradients)[0])
+        found["sae"].append(train_sae(gradients).directions)
         found["response"].append(fit_response(gradients)[0])
         at = 2 + len(words)
         moved = [teacher.encode(" ".join(["a", *words, word, CONCEPT]))[0, at + 1 : at + 2] for word in tried]

@@ -45,7 +45,7 @@ PACK = demo_host.pack()
 from comfyui_elrond.elrond_core.collect.differentiate import gradient  # noqa: E402
 from comfyui_elrond.elrond_core.decompose.moments import Moments  # noqa: E402
 from comfyui_elrond.elrond_core.decompose.pca import fit_pca  # noqa: E402
-from comfyui_elrond.elrond_core.decompose.sae import train_sae  # noqa: E402
+from comfyui_elrond.elrond_core.decompose.sae_training import train_sae  # noqa: E402
 from comfyui_elrond.elrond_core.dimension.report import estimate_lid  # noqa: E402
 from comfyui_elrond.elrond_core.gradients import Gradients  # noqa: E402
 from comfyui_elrond.elrond_core.measure.quality import FIRST, split_half_quality  # noqa: E402
@@ -548,12 +548,12 @@ def autoencoder(vectors: torch.Tensor) -> list[dict[str, float]]:
     for step in reversed(range(5)):
         count = half >> step
         trained = [train_sae(as_gradients(part[:count])) for part in parts]
-        one, other = (found.vectors.flatten(1) for found, _ in trained)
+        one, other = (result.directions.vectors.flatten(1) for result in trained)
         units = torch.nn.functional.normalize(rest[: len(other)], dim=1)
         rows.append(
             {
                 "gradients": count,
-                "fvu": trained[0][1].fvu,
+                "fvu": trained[0].report.fvu,
                 "stability": float((one @ other.T).amax(1).mean()),
                 "chance": float((one @ units.T).amax(1).mean()),
             }

@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from elrond_core.decompose.moments import Moments
 from elrond_core.decompose.pca import fit_pca
 from elrond_core.decompose.response import fit_response
-from elrond_core.decompose.sae import train_sae
+from elrond_core.decompose.sae_training import TrainConfig, train_sae
 from elrond_core.dimension.noise import edge_of_noise
 from elrond_core.dimension.report import estimate_lid
 from elrond_core.gradients import Gradients
@@ -98,9 +98,8 @@ def recovered(dictionary: torch.Tensor, found: torch.Tensor) -> float:
 def ours(samples: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Our atoms and FVU."""
     epochs = round(STEPS / math.ceil(SAMPLES / BATCH))
-    directions, report = train_sae(
-        as_gradients(samples), latents=LATENTS, k=ACTIVE, epochs=epochs, learning_rate=RATE, batch_size=BATCH
-    )
+    config = TrainConfig(latents=LATENTS, k=ACTIVE, epochs=epochs, learning_rate=RATE, batch_size=BATCH)
+    directions, report, _ = train_sae(as_gradients(samples), config)
     return directions.vectors[:, 0], report.fvu
 
 
@@ -404,7 +403,7 @@ CASES: dict[str, tuple[Callable[[Gradients], object], int]] = {
     "lid, 30,000 responses": (estimate_lid, 30_000),
     "response directions, 30,000 responses": (fit_response, 30_000),
     "pca": (fit_pca, 0),
-    "sae, one epoch": (lambda gradients: train_sae(gradients, epochs=1), 0),
+    "sae, one epoch": (lambda gradients: train_sae(gradients, TrainConfig(epochs=1)), 0),
 }
 
 

@@ -32,7 +32,7 @@ import comfy.supported_models
 import torch
 
 demo_host.pack()
-from comfyui_elrond.elrond_core.collect.collection import collect  # noqa: E402
+from comfyui_elrond.elrond_core.collect.collection import CollectionPlan, collect  # noqa: E402
 from comfyui_elrond.elrond_core.collect.differentiate import Differentiator, gradient  # noqa: E402
 from comfyui_elrond.elrond_core.collect.pairs import draw_pairs  # noqa: E402
 from comfyui_elrond.elrond_core.prompt import Concept  # noqa: E402
@@ -365,7 +365,7 @@ def cards() -> None:
             def work(
                 denoiser: host.HostDenoiser, latents: torch.Tensor, batch: int = batch, seen: list[bool] = seen
             ) -> torch.Tensor:
-                found = collect(denoiser, latents, Provenance("SDXL"), max(BATCHES), sigma, 0, batch, response=False)
+                found = collect(denoiser, latents, Provenance("SDXL"), CollectionPlan(max(BATCHES), (sigma,), 0, batch))
                 seen.append(denoiser.recomputes)
                 return found.flat
 

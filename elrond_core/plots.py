@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .decompose.pca import Spectrum
-from .decompose.sae import SAEReport
+from .decompose.sae_report import SAEReport
 from .dimension.report import LIDReport
 from .measure.subspace import Comparison
 
@@ -68,7 +68,7 @@ def sae_report_figure(report: SAEReport) -> Figure:
     right.hist(densities, bins=40, color=_GREEN)
     right.axvspan(max(low, min(densities.min(initial=0.0), -1.0)), high, color=_BLUE, alpha=0.1, label="kept range")
     right.set(xlabel="log10 of the share of gradients", ylabel="latents")
-    right.set_title(f"{len(report.kept)} of {report.latents} latents kept, {report.dead:.0%} dead")
+    right.set_title(f"{len(report.selected)} of {report.latents} latents kept, {report.dead:.0%} dead")
     right.legend()
     return figure
 

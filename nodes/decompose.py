@@ -9,9 +9,9 @@ import torch
 from comfy_api.latest import io
 
 from ..elrond_core import plots
-from ..elrond_core.decompose import sae
 from ..elrond_core.decompose.pca import fit_pca
 from ..elrond_core.decompose.response import fit_response
+from ..elrond_core.decompose.sae_training import TrainConfig, memory, train_sae
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.gradients import Gradients
 from . import host
@@ -190,7 +190,15 @@ class TrainSAE(io.ComfyNode):
     ) -> io.NodeOutput:
         """Train with the host's progress bar."""
         update = host.progress(_PROGRESS)
-        device = host.training_device(sae.memory(gradients, latents or None))
+        config = TrainConfig(
+            latents=latents or None,
+            k=k or None,
+            epochs=epochs or None,
+            learning_rate=learning_rate,
+            density_range=(lowest_density, highest_density),
+            seed=seed,
+        )
+        device = host.training_device(memory(gradients, config))
         # Not the densities: with another range, a training that is done goes straight to its choice.
         settings = (latents, k, epochs, learning_rate, seed, device.type)
         # The executor's inference mode forbids training.
@@ -199,14 +207,9 @@ class TrainSAE(io.ComfyNode):
             torch.inference_mode(False),
             torch.enable_grad(),
         ):
-            directions, report = sae.train_sae(
+            directions, report, _ = train_sae(
                 gradients,
-                latents=latents or None,
-                k=k or None,
-                epochs=epochs or None,
-                learning_rate=learning_rate,
-                density_range=(lowest_density, highest_density),
-                seed=seed,
+                config,
                 device=device,
                 checkpoint=checkpoint,
                 # The number of steps falls when FVU stalls, and the bar's cannot change.

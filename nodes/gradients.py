@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..elrond_core.collect.collection import TARGETS_A_PROBE, collect
+from ..elrond_core.collect.collection import TARGETS_A_PROBE, CollectionPlan, collect
 from ..elrond_core.collect.differentiate import Denoiser
 from ..elrond_core.collect.pairs import check_targets
 from ..elrond_core.errors import ElrondError
@@ -163,7 +163,7 @@ class CollectGradients(io.ComfyNode):
         samples = realizations["samples"]
         check_targets(len(samples), targets_per_realization)
         check_guidance(cfg, negative is not None)
-        enough = Sufficient(target_quality, count) if target_quality else None
+        sufficient = Sufficient(target_quality, count) if target_quality else None
         _check_features(vae is not None, clip_vision is not None)
         _, marked = host.marked(positive)
         concept = marked.concepts[0]
@@ -199,32 +199,36 @@ class CollectGradients(io.ComfyNode):
         update = host.progress(count, model)
 
         def work(denoiser: host.HostDenoiser, latents: Any) -> Gradients:
-            def collected(lent: Denoiser, compared: Any = None) -> Gradients:
+            plan = CollectionPlan(
+                count=count,
+                sigma=tuple(sigma),
+                seed=seed,
+                batch_size=batch_size,
+                probes=response,
+                targets=targets_per_realization,
+                other_rows=denoiser.others,
+            )
+
+            def collected(differentiable: Denoiser, references: Any = None) -> Gradients:
                 return collect(
-                    lent,
+                    differentiable,
                     latents,
                     provenance,
-                    count,
-                    sigma,
-                    seed,
-                    batch_size,
-                    response=response,
+                    plan,
+                    references=references,
+                    store=shards,
                     on_batch=lambda done: update(done, denoiser.latest),
-                    targets=targets_per_realization,
-                    others=denoiser.others,
-                    compared=compared,
-                    shards=shards,
-                    enough=enough,
+                    stop=sufficient,
                 )
 
             if vae is None:
                 return collected(denoiser)
-            with host.through_features(denoiser, vae, clip_vision, latents, batch_size) as (lent, compared):
-                return collected(lent, compared)
+            with host.through_features(denoiser, vae, clip_vision, latents, batch_size) as (through, references):
+                return collected(through, references)
 
-        found = host.visit(model, positive, negative, cfg, samples, seed, work, words=remove_common)
-        report = f"{len(found)} gradients of {len(samples)} realizations"
-        return io.NodeOutput(found, f"{report}; {enough.line()}" if enough else report)
+        gradients = host.visit(model, positive, negative, cfg, samples, seed, work, words=remove_common)
+        report = f"{len(gradients)} gradients of {len(samples)} realizations"
+        return io.NodeOutput(gradients, f"{report}; {sufficient.line()}" if sufficient else report)
 
 
 def _check_features(vae: bool, clip_vision: bool) -> None:

@@ -7,7 +7,9 @@ the word would have to move to turn A's image into B's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -15,29 +17,86 @@ from ..errors import ElrondError
 from ..gradients import Gradients, listed
 from ..provenance import Provenance
 from ..seeding import normal
-from ..storage.shards import Shards
 from .differentiate import Denoiser, Differentiator
 from .pairs import draw_pairs
 
-# The response is taken once for every so many targets of a noised realization, or part of them.
+# Targets of a noised realization for each Jacobian probe. A probe costs a backward pass, as a target does.
 TARGETS_A_PROBE = 8
+
+
+class BatchStore(Protocol):
+    """Keeps finished batches by number, such as on the disk, so that an interrupted collection continues."""
+
+    def get(self, number: int) -> dict[str, torch.Tensor] | None:
+        """The tensors of batch `number`, or None if it is not finished."""
+
+    def put(self, number: int, batch: dict[str, torch.Tensor]) -> None:
+        """Keep a finished batch."""
+
+
+@dataclass(frozen=True)
+class CollectionPlan:
+    """What is collected; it determines the result for one model and one set of realizations.
+
+    Attributes:
+        count: number of gradients.
+        sigma: noise levels in the model's units; noised realizations take them in turn.
+        seed: fixes pairs and noise; gradient i depends on (seed, i) and the levels only.
+        batch_size: noised realizations a forward pass; fewer where they do not fit into memory.
+        probes: also collect Jacobian probes: back-propagate white noise, once for every `TARGETS_A_PROBE` targets of a
+            noised realization or part of them.
+        targets: realizations that each noised realization is compared with: gradients a forward pass.
+        other_rows: how many of the denoiser's last rows are not the concept's. The mean gradient of all its rows is
+            then subtracted from the concept's.
+
+    Raises:
+        ElrondError: if the count, or a noise level, is out of range.
+    """
+
+    count: int
+    sigma: tuple[float, ...]
+    seed: int
+    batch_size: int = 8
+    probes: bool = False
+    targets: int = 1
+    other_rows: int = 0
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ElrondError(f"The number of gradients must be at least 1, got {self.count}.")
+        if not self.sigma or min(self.sigma) <= 0:
+            raise ElrondError(f"The noise level must be above zero, got {listed(self.sigma) or 'none'}.")
+
+    @property
+    def sources(self) -> int:
+        """Number of noised realizations."""
+        return -(-self.count // self.targets)
+
+    @property
+    def probes_per_source(self) -> int:
+        """Jacobian probes of each noised realization."""
+        return -(-self.targets // TARGETS_A_PROBE) if self.probes else 0
+
+    def batches(self) -> Iterator[tuple[float, list[int]]]:
+        """Noise level and noised realizations of every batch; realization i has level i modulo their number."""
+        size, levels = max(1, self.batch_size), len(self.sigma)
+        for start in range(0, self.sources, size * levels):
+            for level, sigma in enumerate(self.sigma):
+                items = list(range(start + level, min(self.sources, start + size * levels), levels))
+                if items:
+                    yield sigma, items
 
 
 def collect(
     denoiser: Denoiser,
     realizations: torch.Tensor,
     provenance: Provenance,
-    count: int,
-    sigma: float | Sequence[float],
-    seed: int,
-    batch_size: int = 8,
-    response: bool = False,
+    plan: CollectionPlan,
+    *,
+    references: torch.Tensor | None = None,
+    store: BatchStore | None = None,
     on_batch: Callable[[int], None] | None = None,
-    targets: int = 1,
-    others: int = 0,
-    compared: torch.Tensor | None = None,
-    shards: Shards | None = None,
-    enough: Callable[[Gradients, bool], bool] | None = None,
+    stop: Callable[[Gradients, bool], bool] | None = None,
 ) -> Gradients:
     """Collect gradients of random pairs of realizations.
 
@@ -45,107 +104,124 @@ def collect(
         denoiser: the model.
         realizations: latents of one prompt, float, (n, …), n ≥ 2.
         provenance: family, prompt, concept and rows; the rest is filled in here.
-        count: number of gradients; at most, with `enough`.
-        sigma: noise level in the model's units, or several, which take turns.
-        seed: fixes pairs and noise; gradient i depends on (seed, i) and the levels only.
-        batch_size: noised realizations a forward pass; fewer where they do not fit into memory.
-        response: also back-propagate white noise at every point.
-        on_batch: called with the number of gradients so far; may raise to stop.
-        targets: others that each noised realization is compared with: gradients a forward pass. The response is
-            taken once for every `TARGETS_A_PROBE` of them, or part of so many.
-        others: how many of the denoiser's last rows are not the concept's. The mean gradient of all its rows is then
-            subtracted from the concept's.
-        compared: what the denoiser's output is compared with, (n, …) in the order of the realizations and of as many
-            dimensions; these themselves unless it returns something else than latents, such as image features.
-        shards: keeps every batch as soon as it is done, and gives back those of an earlier run.
-        enough: asked after every batch, or every turn of the levels, whether the gradients so far will do; its second
-            argument tells whether there are no more.
+        plan: what is collected.
+        references: what the denoiser's output is compared with, (n, …) in the order of the realizations and of as many
+            dimensions; the realizations unless the denoiser returns something else than latents, such as features.
+        store: keeps every batch as soon as it is done, and returns those of an earlier run.
+        on_batch: called with the number of gradients so far; may raise to cancel.
+        stop: called after every batch, or every turn of the levels, with the gradients so far and whether they are the
+            last; returns True to stop there.
 
     Raises:
-        ElrondError: if count < 1, sigma ≤ 0, there are too few realizations, or too little memory for one gradient.
+        ElrondError: if there are too few realizations, or too little memory for one gradient.
     """
-    levels = [float(level) for level in ([sigma] if isinstance(sigma, (int, float)) else sigma)]
-    if count < 1:
-        raise ElrondError(f"The number of gradients must be at least 1, got {count}.")
-    if not levels or min(levels) <= 0:
-        raise ElrondError(f"The noise level must be above zero, got {listed(levels) or 'none'}.")
-    pairs = draw_pairs(count, len(realizations), seed, targets)
-    compared = realizations if compared is None else compared
-    shape = tuple(compared.shape[1:])
+    pairs = draw_pairs(plan.count, len(realizations), plan.seed, plan.targets)
+    references = realizations if references is None else references
     differentiate = Differentiator(denoiser)
-    own = len(denoiser.rows) - others
-    sources = -(-count // targets)
-    probes = -(-targets // TARGETS_A_PROBE) if response else 0
-    vectors = torch.empty(sources * targets, own, denoiser.rows.shape[1])
-    responses = vectors.new_empty(sources, probes, *vectors.shape[1:])
-    turns = torch.tensor(levels)[torch.arange(sources) % len(levels)]
-    token_norm = float(denoiser.rows[:own].float().norm(dim=-1).mean())
+    results = _Results.empty(plan, denoiser.rows)
 
-    def first(found: int) -> Gradients:
-        heard = -(-found // targets)
-        return Gradients(
-            vectors=vectors[:found],
-            sigma=turns.repeat_interleave(targets)[:found],
-            sources=pairs[:found, 0],
-            targets=pairs[:found, 1],
-            provenance=provenance.with_(
-                token_norm=token_norm,
-                sigma=tuple(levels),
-                count=found,
-                seed=seed,
-                latent_values=compared[0].numel(),
-            ),
-            response=responses[:heard].flatten(0, 1),
-            response_sigma=turns[:heard].repeat_interleave(probes) if response and len(levels) > 1 else None,
-        )
+    def first(count: int) -> Gradients:
+        return results.first(count, pairs, provenance.with_(latent_values=references[0].numel()))
 
     done = 0
-    for number, (level, indices) in enumerate(_batches(sources, batch_size, len(levels))):
-        # The last source may have fewer targets; it is compared with one of them again, and the surplus is dropped.
-        places = torch.tensor(indices) * targets + torch.arange(targets)[:, None]
-        drawn = places.clamp(max=count - 1)
-        answer = None
-        kept = shards.get(number) if shards is not None else None
-        if kept is not None:
-            found, answer = kept["vectors"], kept.get("response")
-        else:
-            numbers = [item * probes + k for k in range(probes) for item in indices]
-            each, answer = differentiate(
-                realizations[pairs[drawn[0], 0]],
-                compared[pairs[drawn, 1]],
-                normal(tuple(realizations.shape[1:]), seed, "noise", indices),
-                levels[level],
-                normal(shape, seed, "probe", numbers).unflatten(0, (probes, -1)) if response else None,
-            )
-            found = _without_common(each, others).transpose(0, 1).flatten(0, 1).contiguous()
-            answer = (
-                None if answer is None else _without_common(answer, others).transpose(0, 1).flatten(0, 1).contiguous()
-            )
-            if shards is not None:
-                shards.put(number, {"vectors": found} | ({} if answer is None else {"response": answer}))
-        vectors[places.T.flatten()] = found
-        if answer is not None:
-            responses[indices] = answer.unflatten(0, (-1, probes))
-        done += int((places < count).sum())
+    for number, (sigma, items) in enumerate(plan.batches()):
+        # The last source may have fewer targets. Its last pair is computed several times, and the surplus is dropped.
+        places = torch.tensor(items) * plan.targets + torch.arange(plan.targets)[:, None]
+        batch = store.get(number) if store is not None else None
+        if batch is None:
+            drawn = pairs[places.clamp(max=plan.count - 1)]
+            batch = _batch(differentiate, realizations, references, drawn, sigma, items, plan)
+            if store is not None:
+                store.put(number, batch)
+        results.put(places, items, batch)
+        done += int((places < plan.count).sum())
         if on_batch:
             on_batch(done)
-        # Between turns, some levels are ahead of others.
-        if enough and ((number + 1) % len(levels) == 0 or done == count) and enough(first(done), done == count):
+        # Within a turn, some levels have more gradients than others.
+        turn_ends = (number + 1) % len(plan.sigma) == 0 or done == plan.count
+        if stop and turn_ends and stop(first(done), done == plan.count):
             break
     return first(done)
 
 
-def _without_common(gradients: torch.Tensor, others: int) -> torch.Tensor:
-    if not others:
-        return gradients
-    return gradients[..., : gradients.shape[-2] - others, :] - gradients.mean(-2, keepdim=True)
+def _batch(
+    differentiate: Differentiator,
+    realizations: torch.Tensor,
+    references: torch.Tensor,
+    pairs: torch.Tensor,
+    sigma: float,
+    items: list[int],
+    plan: CollectionPlan,
+) -> dict[str, torch.Tensor]:
+    """Gradients of pairs (targets, items, 2) as `vectors`, and Jacobian probes as `response`, source by source."""
+    probe_numbers = [item * plan.probes_per_source + k for k in range(plan.probes_per_source) for item in items]
+    probes = None
+    if plan.probes:
+        probes = normal(tuple(references.shape[1:]), plan.seed, "probe", probe_numbers)
+        probes = probes.unflatten(0, (plan.probes_per_source, -1))
+    vectors, response = differentiate(
+        realizations[pairs[0, :, 0]],
+        references[pairs[:, :, 1]],
+        normal(tuple(realizations.shape[1:]), plan.seed, "noise", items),
+        sigma,
+        probes,
+    )
+    batch = {"vectors": _by_source(vectors, plan)}
+    return batch if response is None else batch | {"response": _by_source(response, plan)}
 
 
-def _batches(count: int, size: int, levels: int) -> Iterator[tuple[int, list[int]]]:
-    """The level and the items of every batch; item i is of level i modulo their number."""
-    size = max(1, size)
-    for start in range(0, count, size * levels):
-        for level in range(levels):
-            items = list(range(start + level, min(count, start + size * levels), levels))
-            if items:
-                yield level, items
+def _by_source(vectors: torch.Tensor, plan: CollectionPlan) -> torch.Tensor:
+    """(T, B, rows, d) without the common gradient, as (B · T, R, d): all of one source, then those of the next."""
+    if plan.other_rows:
+        own_rows = vectors[..., : vectors.shape[-2] - plan.other_rows, :]
+        vectors = own_rows - vectors.mean(-2, keepdim=True)
+    return vectors.transpose(0, 1).flatten(0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class _Results:
+    """Gradients and probes of a whole plan, filled batch by batch.
+
+    Attributes:
+        plan: the plan.
+        vectors: float32, (sources · targets, R, d).
+        response: float32, (sources, probes, R, d).
+        token_norm: mean norm of the concept's rows.
+    """
+
+    plan: CollectionPlan
+    vectors: torch.Tensor
+    response: torch.Tensor
+    token_norm: float
+
+    @classmethod
+    def empty(cls, plan: CollectionPlan, rows: torch.Tensor) -> _Results:
+        concept = rows[: len(rows) - plan.other_rows]
+        return cls(
+            plan,
+            torch.empty(plan.sources * plan.targets, *concept.shape),
+            torch.empty(plan.sources, plan.probes_per_source, *concept.shape),
+            float(concept.float().norm(dim=-1).mean()),
+        )
+
+    def put(self, places: torch.Tensor, items: list[int], batch: dict[str, torch.Tensor]) -> None:
+        """Put a batch in its place; places are (targets, items)."""
+        self.vectors[places.T.flatten()] = batch["vectors"]
+        if "response" in batch:
+            self.response[items] = batch["response"].unflatten(0, (-1, self.plan.probes_per_source))
+
+    def first(self, count: int, pairs: torch.Tensor, provenance: Provenance) -> Gradients:
+        """The first `count` gradients, and the probes of their sources."""
+        plan = self.plan
+        sources = -(-count // plan.targets)
+        levels = torch.tensor(plan.sigma)[torch.arange(plan.sources) % len(plan.sigma)]
+        several = plan.probes and len(plan.sigma) > 1
+        return Gradients(
+            vectors=self.vectors[:count],
+            sigma=levels.repeat_interleave(plan.targets)[:count],
+            sources=pairs[:count, 0],
+            targets=pairs[:count, 1],
+            provenance=provenance.with_(token_norm=self.token_norm, sigma=plan.sigma, count=count, seed=plan.seed),
+            response=self.response[:sources].flatten(0, 1),
+            response_sigma=levels[:sources].repeat_interleave(plan.probes_per_source) if several else None,
+        )

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from elrond_core.collect.collection import collect
+from elrond_core.collect.collection import CollectionPlan, collect
 from elrond_core.collect.differentiate import gradient
 from elrond_core.collect.pairs import draw_pairs
 from elrond_core.errors import ElrondError
@@ -44,8 +44,12 @@ def realizations() -> torch.Tensor:
     return torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(1))
 
 
-def run(realizations: torch.Tensor, count: int = 12, **options) -> Gradients:
-    return collect(Network(), realizations, HERE, count, **{"sigma": 0.7, "seed": 3, "response": True, **options})
+def run(
+    realizations: torch.Tensor, count: int = 12, model: Network | None = None, calls: dict | None = None, **settings
+) -> Gradients:
+    """Collect with a plan of these settings; `calls` are the other arguments of `collect`."""
+    plan = CollectionPlan(**{"count": count, "sigma": (0.7,), "seed": 3, "probes": True, **settings})
+    return collect(model or Network(), realizations, HERE, plan, **calls or {})
 
 
 def loss(rows: torch.Tensor, noisy: torch.Tensor, target: torch.Tensor) -> float:
@@ -107,14 +111,14 @@ def test_following_the_gradient_turns_a_into_b(realizations: torch.Tensor) -> No
 
 def test_what_is_recorded(realizations: torch.Tensor) -> None:
     progress: list[int] = []
-    found = run(realizations, batch_size=5, on_batch=progress.append)
+    found = run(realizations, batch_size=5, calls={"on_batch": progress.append})
     assert progress == [5, 10, 12]
     assert found.vectors.shape == found.response.shape == (12, ROWS, WIDTH)
     assert found.vectors.dtype == torch.float32 and found.flat.shape == (12, ROWS * WIDTH)
     here = found.provenance
     assert (here.count, here.seed, here.sigma, here.concept) == (12, 3, (0.7,), "thing")
     assert here.token_norm == pytest.approx(float(Network().rows.norm(dim=1).mean()))
-    assert len(run(realizations, response=False).response) == 0
+    assert len(run(realizations, probes=False).response) == 0
 
 
 def test_cancelling(realizations: torch.Tensor) -> None:
@@ -122,13 +126,13 @@ def test_cancelling(realizations: torch.Tensor) -> None:
         raise InterruptedError(done)
 
     with pytest.raises(InterruptedError, match="2"):
-        run(realizations, batch_size=2, on_batch=cancel)
+        run(realizations, batch_size=2, calls={"on_batch": cancel})
 
 
 @pytest.mark.parametrize("targets", [2, 5])
 def test_one_forward_pass_serves_several_targets(realizations: torch.Tensor, targets: int) -> None:
     model = Network()
-    found = collect(model, realizations, HERE, 12, 0.7, 3, batch_size=2, response=True, targets=targets)
+    found = run(realizations, model=model, batch_size=2, targets=targets)
     sources = -(-12 // targets)
     assert sum(model.sizes) == sources and len(found) == 12 and len(found.response) == sources
     noise = normal(SHAPE, 3, "noise", list(range(sources)))
@@ -144,15 +148,15 @@ def test_one_forward_pass_serves_several_targets(realizations: torch.Tensor, tar
         assert len(set(found.targets[group].tolist())) == len(found.targets[group])
 
 
-@pytest.mark.parametrize("levels", [0.7, [0.7, 0.4]])
+@pytest.mark.parametrize("levels", [(0.7,), (0.7, 0.4)])
 @pytest.mark.parametrize("limit", [0, 1])
-def test_many_targets_take_several_probes(levels: float | list[float], limit: int) -> None:
+def test_many_targets_take_several_probes(levels: tuple[float, ...], limit: int) -> None:
     realizations = torch.randn(20, *SHAPE, generator=torch.Generator().manual_seed(1))
     model = Small(limit) if limit else Network()
     # Three probes for every seventeen targets, and all of them although the last source has one target.
-    found = collect(model, realizations, HERE, 35, levels, 3, batch_size=2, response=True, targets=17)
+    found = run(realizations, 35, model, sigma=levels, batch_size=2, targets=17)
     assert len(found) == 35 and len(found.response) == 9
-    expected = [0.7] * 9 if levels == 0.7 else [0.7] * 3 + [0.4] * 3 + [0.7] * 3
+    expected = [0.7] * 9 if levels == (0.7,) else [0.7] * 3 + [0.4] * 3 + [0.7] * 3
     if found.response_sigma is not None:
         assert found.response_sigma.tolist() == pytest.approx(expected)
     noise, probes = normal(SHAPE, 3, "noise", list(range(3))), normal(SHAPE, 3, "probe", list(range(9)))
@@ -189,9 +193,9 @@ class Small(Network):
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_batch_that_does_not_fit_is_halved(realizations: torch.Tensor, backward: bool) -> None:
     model = Small(limit=2, backward=backward)
-    options = {"batch_size": 7, "response": True, "targets": 2}
-    found = collect(model, realizations, HERE, 20, 0.7, 3, **options)
-    expected = collect(Network(), realizations, HERE, 20, 0.7, 3, **options)
+    options = {"batch_size": 7, "targets": 2}
+    found = run(realizations, 20, model, **options)
+    expected = run(realizations, 20, **options)
     # Seven and three do not fit; what comes after that does not try again.
     assert model.sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
     assert torch.allclose(found.vectors, expected.vectors, rtol=1e-5, atol=1e-9)
@@ -199,11 +203,11 @@ def test_a_batch_that_does_not_fit_is_halved(realizations: torch.Tensor, backwar
 
 
 def test_memory_is_spared_when_a_single_sample_does_not_fit(realizations: torch.Tensor) -> None:
-    found = collect(Small(limit=0, spared=1), realizations, HERE, 5, 0.7, 3, batch_size=2)
-    expected = collect(Network(), realizations, HERE, 5, 0.7, 3, batch_size=2)
+    found = run(realizations, 5, Small(limit=0, spared=1), batch_size=2, probes=False)
+    expected = run(realizations, 5, batch_size=2, probes=False)
     assert torch.allclose(found.vectors, expected.vectors, rtol=1e-5, atol=1e-9)
     with pytest.raises(ElrondError, match="too little memory for a single gradient"):
-        collect(Small(limit=0), realizations, HERE, 5, 0.7, 3, batch_size=2)
+        run(realizations, 5, Small(limit=0), batch_size=2, probes=False)
 
 
 def test_other_faults_of_the_model_are_not_taken_for_a_lack_of_memory(realizations: torch.Tensor) -> None:
@@ -212,7 +216,7 @@ def test_other_faults_of_the_model_are_not_taken_for_a_lack_of_memory(realizatio
             return super().denoised(noisy[:, :1], sigma, rows)
 
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        collect(Faulty(), realizations, HERE, 5, 0.7, 3)
+        run(realizations, 5, Faulty(), probes=False)
 
 
 def test_pairs() -> None:
@@ -237,7 +241,7 @@ def test_what_is_refused(realizations: torch.Tensor) -> None:
     with pytest.raises(ElrondError, match="number of gradients must be at least 1, got 0"):
         run(realizations, count=0)
     with pytest.raises(ElrondError, match="noise level must be above zero, got 0"):
-        run(realizations, sigma=0)
+        run(realizations, sigma=(0.0,))
     with pytest.raises(ElrondError, match="two realizations to compare, and there is 1"):
         run(realizations[:1])
     with pytest.raises(ElrondError, match="each can be compared with 1 to 5 others, not 6"):
@@ -288,7 +292,7 @@ def test_levels_apart_and_together(realizations: torch.Tensor) -> None:
         assert float(other.flat.square().sum(1).mean()) == pytest.approx(1)
     with pytest.raises(ElrondError, match=r"no gradients of that noise level, only of 0\.9, 0\.4, 0\.2"):
         found.at_levels([0.5])
-    nothing = levels(realizations, response=False)
+    nothing = levels(realizations, probes=False)
     assert len(nothing.at_levels([nothing.levels[0]]).response) == len(nothing.normalised().response) == 0
 
 
@@ -317,7 +321,7 @@ def test_rows_by_themselves_and_all_alike(realizations: torch.Tensor) -> None:
 
 
 def test_the_common_gradient_is_removed(realizations: torch.Tensor) -> None:
-    whole, rest = run(realizations), run(realizations, others=1)
+    whole, rest = run(realizations), run(realizations, other_rows=1)
     assert torch.allclose(rest.vectors, whole.vectors[:, :1] - whole.vectors.mean(1, keepdim=True), atol=1e-9)
     assert torch.allclose(rest.response, whole.response[:, :1] - whole.response.mean(1, keepdim=True), atol=1e-9)
     assert rest.provenance.token_norm == pytest.approx(float(Network().rows[0].norm()))
@@ -336,7 +340,7 @@ def features(latents: torch.Tensor) -> torch.Tensor:
 
 def test_the_loss_may_be_of_features(realizations: torch.Tensor) -> None:
     model, noise = Features(), normal(SHAPE, 3, "noise", list(range(12)))
-    found = collect(model, realizations, HERE, 12, 0.7, 3, response=True, compared=features(realizations))
+    found = run(realizations, model=model, calls={"references": features(realizations)})
     assert found.provenance.latent_values == 3
     step = 1e-4
     for i in (0, 7):
@@ -351,10 +355,10 @@ def test_the_loss_may_be_of_features(realizations: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("levels", "targets", "expected"), [([0.7], 1, [3, 6]), ([0.7, 0.4], 1, [6]), ([0.7, 0.4], 2, [12])]
+    ("levels", "targets", "expected"), [((0.7,), 1, [3, 6]), ((0.7, 0.4), 1, [6]), ((0.7, 0.4), 2, [12])]
 )
 def test_collecting_stops_when_it_is_enough(
-    realizations: torch.Tensor, levels: list[float], targets: int, expected: list[int]
+    realizations: torch.Tensor, levels: tuple[float, ...], targets: int, expected: list[int]
 ) -> None:
     asked: list[int] = []
 
@@ -363,9 +367,9 @@ def test_collecting_stops_when_it_is_enough(
         assert not last
         return len(found) > 4
 
-    options = {"sigma": levels, "targets": targets, "batch_size": 3, "seed": 3, "response": True}
-    short = collect(Network(), realizations, HERE, 20, enough=enough, **options)
-    long = collect(Network(), realizations, HERE, 20, **options)
+    options = {"sigma": levels, "targets": targets, "batch_size": 3}
+    short = run(realizations, 20, calls={"stop": enough}, **options)
+    long = run(realizations, 20, **options)
     assert asked == expected and len(short) == short.provenance.count == asked[-1]
     part, heard = slice(asked[-1]), slice(asked[-1] // targets)
     assert torch.equal(short.vectors, long.vectors[part]) and torch.equal(short.sigma, long.sigma[part])
@@ -376,5 +380,6 @@ def test_collecting_stops_when_it_is_enough(
 
 def test_the_last_batch_is_said_to_be_the_last(realizations: torch.Tensor) -> None:
     asked: list[tuple[int, bool]] = []
-    found = run(realizations, count=7, batch_size=3, enough=lambda g, last: bool(asked.append((len(g), last))))
+    calls = {"stop": lambda gradients, last: bool(asked.append((len(gradients), last)))}
+    found = run(realizations, count=7, batch_size=3, calls=calls)
     assert asked == [(3, False), (6, False), (7, True)] and len(found) == 7

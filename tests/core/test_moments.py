@@ -167,7 +167,8 @@ MEMORY = """
 import resource, sys
 sys.path.insert(0, "")
 import torch
-from elrond_core.decompose import sae
+from elrond_core.decompose import sae_data
+from elrond_core.decompose.sae_training import TrainConfig, train_sae
 from elrond_core.gradients import Gradients
 from elrond_core.dimension.report import estimate_lid
 from elrond_core.decompose.pca import fit_pca
@@ -181,14 +182,14 @@ def work(gradients):
     fit_pca(gradients)
     fit_response(gradients, rotate=True, limit=2)
     estimate_lid(gradients)
-    sae.train_sae(gradients, latents=9, epochs=1)
+    train_sae(gradients, TrainConfig(latents=9, epochs=1))
 
 def made(vectors, response):
     numbers = torch.arange(len(vectors))
     pairs = numbers % 97, (7 * numbers + 1) % 100
     return Gradients(vectors, torch.ones(len(vectors)), *pairs, Provenance("SDXL", latent_values=64), response)
 
-sae._VALUES = 2**16
+sae_data.PIECE_VALUES = 2**16
 vectors, response = (torch.randn(60000, 1, 256, generator=torch.Generator().manual_seed(i)) for i in range(2))
 # Whatever is loaded and set up the first time.
 work(made(vectors[:5000], response[:5000]))

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from elrond_core.decompose.pca import Spectrum
-from elrond_core.decompose.sae import SAEReport
+from elrond_core.decompose.sae_report import SAEReport
 from elrond_core.dimension.report import LIDReport
 from elrond_core.directions import Directions
 from elrond_core.measure.subspace import compare
@@ -33,7 +33,7 @@ SAE = SAEReport(
     fvu=0.2,
     dead=0.25,
     log_densities=torch.tensor([-1.0, -2.0, -0.5, -torch.inf]),
-    kept=torch.tensor([2, 0, 1]),
+    selected=torch.tensor([2, 0, 1]),
     density_range=(-5.0, 0.0),
     losses=torch.linspace(1, 0.2, 200) + torch.tensor([0.05, -0.05]).repeat(100),
     latents=4,

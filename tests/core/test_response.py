@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from elrond_core.collect.collection import collect
+from elrond_core.collect.collection import CollectionPlan, collect
 from elrond_core.decompose.pca import fit_pca
 from elrond_core.decompose.response import choose_ridge, components, fit_response, halved
 from elrond_core.errors import ElrondError
@@ -42,10 +42,14 @@ class Linear:
         return (values * VARIANCES.sqrt()) @ self.factors.T
 
 
+def plan(count: int) -> CollectionPlan:
+    return CollectionPlan(count=count, sigma=(1.0,), seed=0, batch_size=500, probes=True)
+
+
 @pytest.fixture(scope="module")
 def gradients() -> Gradients:
     model = Linear()
-    return collect(model, model.realizations(1000), Provenance("linear"), 2000, 1.0, 0, 500, response=True)
+    return collect(model, model.realizations(1000), Provenance("linear"), plan(2000))
 
 
 def movement(vectors: torch.Tensor) -> torch.Tensor:
@@ -95,7 +99,7 @@ def equals() -> Gradients:
     model = Linear()
     values = torch.rand(3000, 4, generator=torch.Generator().manual_seed(5)) - 0.5
     realizations = values * 48**0.5 @ model.factors.T
-    return collect(model, realizations, Provenance("linear"), 4000, 1.0, 0, 500, response=True)
+    return collect(model, realizations, Provenance("linear"), plan(4000))
 
 
 def test_a_rotation_tells_factors_of_equal_variance_apart(equals: Gradients) -> None:

@@ -9,19 +9,29 @@ from typing import Any
 
 import pytest
 import torch
+from builders import gradients
 
-from elrond_core.decompose import sae
-from elrond_core.decompose.sae import _AUX_ROWS, _AUX_WEIGHT, _Trainer, geometric_median, train_sae
+from elrond_core.decompose import sae_data, sae_report, sae_training
+from elrond_core.decompose.sae import TopKSAE
+from elrond_core.decompose.sae_data import geometric_median
+from elrond_core.decompose.sae_training import SAETrainer, TrainConfig, TrainedSAE
 from elrond_core.errors import ElrondError
 from elrond_core.gradients import Gradients
-from elrond_core.provenance import Provenance
 from elrond_core.storage import tensors as tensor_files
 
 
-def gradients(vectors: torch.Tensor) -> Gradients:
-    count = len(vectors)
-    zeros = torch.zeros(count, dtype=torch.int64)
-    return Gradients(vectors, torch.ones(count), zeros, zeros, Provenance("SDXL"), torch.empty(0, *vectors.shape[1:]))
+def train_sae(source: Gradients, *, checkpoint: Path | None = None, **options: Any) -> TrainedSAE:
+    """Train with settings of `TrainConfig`, and whatever else `sae_training.train_sae` takes, by name."""
+    others = {name: options.pop(name) for name in ("on_step", "check", "warn", "device") if name in options}
+    return sae_training.train_sae(source, TrainConfig(**options), checkpoint=checkpoint, **others)
+
+
+def trainer_of(data: torch.Tensor, variance: float, latents: int, k: int, **settings: Any) -> SAETrainer:
+    """A trainer of data (N, D) as they are, before its first step."""
+    model = TopKSAE(1, data.shape[1], latents, k, dtype=data.dtype)
+    with torch.no_grad():
+        model.b_dec.copy_(geometric_median(data))
+    return SAETrainer(model, data, variance, TrainConfig(latents=latents, k=k, **settings))
 
 
 def sparse(atoms: int = 40, width: int = 16, count: int = 4000, active: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,7 +47,7 @@ def sparse(atoms: int = 40, width: int = 16, count: int = 4000, active: int = 2)
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e4])
 def test_recovers_a_known_dictionary_at_any_scale(scale: float) -> None:
     dictionary, vectors = sparse()
-    directions, report = train_sae(gradients(vectors * scale), latents=80, k=2, epochs=100, learning_rate=3e-3)
+    directions, report, _ = train_sae(gradients(vectors * scale), latents=80, k=2, epochs=100, learning_rate=3e-3)
     similarity = dictionary @ directions.vectors.flatten(1).T
     assert (similarity.amax(1) > 0.95).float().mean() >= 0.98
     assert report.fvu < 0.05
@@ -47,32 +57,26 @@ def test_recovers_a_known_dictionary_at_any_scale(scale: float) -> None:
 def test_no_scale_is_too_small_or_too_large() -> None:
     # By a power of two nothing is rounded.
     _, vectors = sparse(count=300)
-    one, report = train_sae(gradients(vectors), epochs=5)
+    one, report, _ = train_sae(gradients(vectors), epochs=5)
     for power in (-100, 85):
-        other, same = train_sae(gradients(vectors * 2.0**power), epochs=5)
+        other, same, _ = train_sae(gradients(vectors * 2.0**power), epochs=5)
         assert torch.equal(one.vectors, other.vectors) and torch.equal(report.losses, same.losses)
 
 
-def trainers(monkeypatch: pytest.MonkeyPatch, ready: Callable[[_Trainer], None]) -> None:
+def trainers(monkeypatch: pytest.MonkeyPatch, ready: Callable[[SAETrainer], None]) -> None:
     """Show `ready` every trainer before its first step."""
 
-    class Shown(_Trainer):
+    class Shown(SAETrainer):
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             ready(self)
 
-    monkeypatch.setattr(sae, "_Trainer", Shown)
+    monkeypatch.setattr(sae_training, "SAETrainer", Shown)
 
 
-def before_each_update(trainer: _Trainer, look: Callable[[], None]) -> None:
+def before_each_update(trainer: SAETrainer, look: Callable[[], None]) -> None:
     """Call `look` whenever the gradients are final and the parameters not yet changed."""
-    update = trainer.adam.step
-
-    def step() -> None:
-        look()
-        update()
-
-    trainer.adam.step = step
+    trainer.adam.register_step_pre_hook(lambda *_: look())
 
 
 def test_starts_from_the_geometric_median_of_gradients_of_median_norm_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +87,7 @@ def test_starts_from_the_geometric_median_of_gradients_of_median_norm_one(monkey
     seen: list[torch.Tensor] = []
     trainers(
         monkeypatch,
-        lambda trainer: seen.extend((trainer.data[torch.arange(300)], trainer.decoder_bias.detach().clone())),
+        lambda trainer: seen.extend((trainer.data[torch.arange(300)], trainer.model.b_dec.detach().clone())),
     )
     train_sae(gradients(vectors), epochs=1)
     data, bias = seen
@@ -97,19 +101,19 @@ def test_starts_from_the_geometric_median_of_gradients_of_median_norm_one(monkey
 
 def test_decoder_gradients_are_at_right_angles_to_the_atoms_and_all_are_clipped() -> None:
     # A variance that small makes a loss, and so gradients, that must be clipped.
-    trainer = _Trainer(sparse(count=300)[1].flatten(1), 1e-3, 40, 3, None, 1e-3, 300, 0, 5)
+    trainer = trainer_of(sparse(count=300)[1].flatten(1), 1e-3, 40, 3, batch_size=300)
     norms: list[float] = []
 
     def look() -> None:
-        pull = trainer.decoder.grad
-        along = (pull * trainer.decoder).sum(1).abs()
+        pull = trainer.model.W_dec.grad
+        along = (pull * trainer.model.W_dec).sum(1).abs()
         assert (along <= 1e-5 * pull.norm(dim=1) + 1e-9).all()
-        norms.append(math.sqrt(sum(float(value.grad.double().square().sum()) for value in trainer.parameters)))
+        norms.append(math.sqrt(sum(float(value.grad.double().square().sum()) for value in trainer.model.parameters())))
 
     before_each_update(trainer, look)
     for _ in range(3):
         trainer.advance()
-        assert torch.allclose(trainer.decoder.norm(dim=1), torch.ones(40))
+        assert torch.allclose(trainer.model.W_dec.norm(dim=1), torch.ones(40))
     assert norms == pytest.approx([1, 1, 1], rel=1e-3)
 
 
@@ -117,7 +121,7 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Where the learning rates of all steps will be."""
     seen: list[float] = []
 
-    def ready(trainer: _Trainer) -> None:
+    def ready(trainer: SAETrainer) -> None:
         before_each_update(trainer, lambda: seen.append(trainer.adam.param_groups[0]["lr"]))
 
     trainers(monkeypatch, ready)
@@ -140,13 +144,13 @@ def test_the_report_is_over_all_gradients(chunk: int, work: int, monkeypatch: py
     # No part of them resembles the whole.
     _, vectors = sparse(count=1500)
     vectors = vectors[vectors.flatten(1)[:, 0].argsort()] * torch.linspace(0.2, 2, 1500)[:, None, None]
-    monkeypatch.setattr(sae, "_CHUNK", chunk)
-    monkeypatch.setattr(sae, "_WORK", work)
-    found: list[_Trainer] = []
+    monkeypatch.setattr(sae_report, "MOST_ENCODED", chunk)
+    monkeypatch.setattr(sae_report, "MOST_PRODUCTS", work)
+    found: list[SAETrainer] = []
     trainers(monkeypatch, found.append)
-    directions, report = train_sae(gradients(vectors), latents=60, k=3, epochs=10)
+    directions, report, _ = train_sae(gradients(vectors), latents=60, k=3, epochs=10)
     (trainer,) = found
-    encoder, encoder_bias, decoder, decoder_bias = (value.detach().double() for value in trainer.parameters)
+    encoder, encoder_bias, decoder, decoder_bias = (value.detach().double() for value in trainer.model.parameters())
     centred = vectors.flatten(1).double() / vectors.flatten(1).norm(dim=1).median() - decoder_bias
     values, places = (centred @ encoder.T + encoder_bias).relu().topk(3, dim=1)
     active = torch.zeros(1500, 60, dtype=torch.float64).scatter(1, places, values)
@@ -154,25 +158,78 @@ def test_the_report_is_over_all_gradients(chunk: int, work: int, monkeypatch: py
     assert report.fvu == pytest.approx(float(rest), rel=1e-4)
     assert torch.allclose(10**report.log_densities, (active > 0).double().mean(0).float(), atol=1.1 / 1500)
     energy = active.square().sum(0) / centred.square().sum()
-    assert torch.allclose(directions.scores, energy[report.kept].float(), rtol=1e-3, atol=1e-5)
+    assert torch.allclose(directions.scores, energy[report.selected].float(), rtol=1e-3, atol=1e-5)
 
 
 def test_report_and_directions_agree() -> None:
     _, vectors = sparse(count=600)
-    directions, report = train_sae(gradients(vectors), latents=60, k=3, epochs=40, density_range=(-2.0, -0.5))
-    assert directions.vectors.shape == (len(report.kept), 2, 16)
+    directions, report, _ = train_sae(gradients(vectors), latents=60, k=3, epochs=40, density_range=(-2.0, -0.5))
+    assert directions.vectors.shape == (len(report.selected), 2, 16)
     assert torch.allclose(directions.vectors.flatten(1).norm(dim=1), torch.ones(len(directions)), atol=1e-5)
     assert (directions.scores.diff() <= 0).all()
-    density = report.log_densities[report.kept]
+    density = report.log_densities[report.selected]
     assert ((density > -2.0) & (density < -0.5)).all()
     torch.testing.assert_close(torch.tensor(directions.densities), 10**density)
     outside = torch.ones(60, dtype=torch.bool)
-    outside[report.kept] = False
+    outside[report.selected] = False
     assert not ((report.log_densities > -2.0) & (report.log_densities < -0.5))[outside].any()
     assert report.dead == pytest.approx(float(torch.isinf(report.log_densities).float().mean()))
     # At most k of the latents are active at once.
     assert float((10**report.log_densities).sum()) <= 3 + 1e-3
     assert any("60 latents, 3 active" in line for line in report.lines())
+
+
+def test_new_gradients_are_encoded_and_decoded(tmp_path: Path) -> None:
+    _, vectors = sparse(count=2000)
+    vectors = vectors * 1e-4
+    directions, report, model = train_sae(gradients(vectors[:1600]), latents=80, k=2, epochs=60, learning_rate=3e-3)
+    new = vectors[1600:]
+    top_acts, top_indices = model.encode(new)
+    assert top_acts.shape == top_indices.shape == (400, 2) and (top_acts >= 0).all()
+    reconstruction = model.decode(top_acts, top_indices)
+    assert reconstruction.shape == new.shape and torch.equal(model(new), reconstruction)
+    # As well as those that it was trained on, to within their noise.
+    fvu = float((new - reconstruction).square().sum() / (new - new.mean(0)).square().sum())
+    assert fvu < 2 * report.fvu < 0.5
+    # The code in plain formulas, and atoms that are the directions.
+    codes = torch.zeros(400, 80).scatter(1, top_indices, top_acts)
+    pre_activations = (new.flatten(1) / model.scale.float() - model.b_dec) @ model.W_enc.T + model.b_enc
+    torch.testing.assert_close(codes.sum(1), pre_activations.relu().topk(2, dim=1).values.sum(1))
+    torch.testing.assert_close(
+        reconstruction.flatten(1), (codes @ model.dictionary.flatten(1) + model.b_dec) * model.scale.float()
+    )
+    assert torch.equal(model.dictionary[report.selected], directions.vectors)
+    with pytest.raises(ElrondError, match=r"of gradients of 2 x 16 values, and these have \(32,\)"):
+        model.encode(new.flatten(1))
+
+    model.save(tmp_path / "made" / "sae.safetensors")
+    again = TopKSAE.load(tmp_path / "made" / "sae.safetensors")
+    assert torch.equal(again(new), reconstruction)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda tensors, metadata: metadata.update(kind="directions"), "does not hold an autoencoder"),
+        (lambda tensors, metadata: metadata.update(format_version="2"), "does not hold an autoencoder"),
+        (lambda tensors, metadata: metadata.pop("k"), "its tensors are not those"),
+        (lambda tensors, metadata: metadata.update(rows="3"), "its tensors are not those"),
+        (lambda tensors, metadata: tensors.pop("b_enc"), "its tensors are not those"),
+        (lambda tensors, metadata: tensors.update(W_enc=tensors["W_enc"][:-1]), "its tensors are not those"),
+    ],
+)
+def test_a_file_that_holds_no_autoencoder_is_refused(
+    damage: Callable[[dict, dict], Any], sentence: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "sae.safetensors"
+    TopKSAE(2, 16, 40, 3).save(path)
+    tensors, metadata = tensor_files.read(path)
+    damage(tensors, metadata)
+    path.write_bytes(tensor_files.encode(tensors, metadata))
+    with pytest.raises(ElrondError, match=sentence):
+        TopKSAE.load(path)
+    with pytest.raises(ElrondError, match="a file stands where a folder is needed"):
+        TopKSAE(2, 16, 40, 3).save(path / "sae")
 
 
 def test_the_seed_decides() -> None:
@@ -210,8 +267,8 @@ def test_a_cancelled_training_resumes_exactly(at: int, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train_sae(source, **options, checkpoint=path, on_step=cancel)
     seen: list[int] = []
-    resumed, report = train_sae(source, **options, checkpoint=path, on_step=lambda step, *_: seen.append(step))
-    whole, expected = train_sae(source, **options)
+    resumed, report, _ = train_sae(source, **options, checkpoint=path, on_step=lambda step, *_: seen.append(step))
+    whole, expected, _ = train_sae(source, **options)
     assert seen[0] == at + 1 and seen[-1] == 60
     assert torch.equal(resumed.vectors, whole.vectors)
     assert torch.equal(report.losses, expected.losses)
@@ -220,8 +277,8 @@ def test_a_cancelled_training_resumes_exactly(at: int, tmp_path: Path) -> None:
 
 def test_a_cancel_is_noticed_between_pieces_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     source = gradients(sparse(count=300)[1])
-    monkeypatch.setattr(sae, "_VALUES", 30 * 32)
-    monkeypatch.setattr(sae, "_WORK", 20 * 48 * 32)
+    monkeypatch.setattr(sae_data, "PIECE_VALUES", 30 * 32)
+    monkeypatch.setattr(sae_report, "MOST_PRODUCTS", 20 * 48 * 32)
     check, at_steps = Cancel(), []
     median = Cancel()
     geometric_median(source.flat, 1, check=median)
@@ -247,7 +304,7 @@ def test_a_cancel_is_noticed_between_pieces_of_bounded_size(monkeypatch: pytest.
 def test_a_gradient_that_is_not_finite_is_named_whatever_the_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = sparse(count=300)[1]
     vectors[217, 1, 3] = torch.inf
-    monkeypatch.setattr(sae, "_VALUES", 30 * 32)
+    monkeypatch.setattr(sae_data, "PIECE_VALUES", 30 * 32)
     with pytest.raises(ElrondError, match="Gradient 217 is not finite"):
         train_sae(gradients(vectors))
 
@@ -257,12 +314,12 @@ def test_a_training_cancelled_anywhere_resumes_exactly(tmp_path: Path) -> None:
     source, path = gradients(sparse(count=40)[1]), tmp_path / "sae.safetensors"
     options = {"latents": 200, "k": 2, "epochs": 120, "learning_rate": 0.02}
     counted = Cancel()
-    whole, expected = train_sae(source, **options, checkpoint=path, check=counted)
+    whole, expected, _ = train_sae(source, **options, checkpoint=path, check=counted)
     assert expected.dead > 0.1
     for at in (1, 4, *range(counted.calls // 3, counted.calls // 3 + 8), *range(counted.calls - 12, counted.calls + 1)):
         with pytest.raises(KeyboardInterrupt):
             train_sae(source, **options, checkpoint=path, check=Cancel(at))
-        resumed, report = train_sae(source, **options, checkpoint=path)
+        resumed, report, _ = train_sae(source, **options, checkpoint=path)
         assert torch.equal(resumed.vectors, whole.vectors)
         assert torch.equal(report.losses, expected.losses) and report.fvu == expected.fvu
 
@@ -271,15 +328,8 @@ def test_what_breaks_off_an_update_is_not_kept(tmp_path: Path, monkeypatch: pyte
     source, path = gradients(sparse(count=300)[1]), tmp_path / "sae.safetensors"
     whole = train_sae(source, epochs=20)[0]
 
-    def ready(trainer: _Trainer) -> None:
-        update = trainer.adam.step
-
-        def step() -> None:
-            update()
-            if trainer.step == 13:
-                raise KeyboardInterrupt
-
-        trainer.adam.step = step
+    def ready(trainer: SAETrainer) -> None:
+        trainer.adam.register_step_post_hook(lambda *_: trainer.step != 13 or cancel())
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         trainers(patch, ready)
@@ -353,12 +403,12 @@ def test_what_was_kept_stays_when_the_disk_is_full(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda tensors, metadata: tensors.pop("idle"),
-        lambda tensors, metadata: tensors.pop("second3"),
+        lambda tensors, metadata: tensors.pop("steps_since_fired"),
+        lambda tensors, metadata: tensors.pop("b_dec.exp_avg_sq"),
         lambda tensors, metadata: tensors.update(more=torch.zeros(1)),
-        lambda tensors, metadata: tensors.update(first0=tensors["first0"][:-1].clone()),
-        lambda tensors, metadata: tensors.update(parameter1=tensors["parameter1"].double()),
-        lambda tensors, metadata: tensors["parameter2"].view(-1)[3:].fill_(torch.nan),
+        lambda tensors, metadata: tensors.update(**{"W_enc.exp_avg": tensors["W_enc.exp_avg"][:-1].clone()}),
+        lambda tensors, metadata: tensors.update(b_enc=tensors["b_enc"].double()),
+        lambda tensors, metadata: tensors["W_dec"].view(-1)[3:].fill_(torch.nan),
         lambda tensors, metadata: tensors.update(losses=tensors["losses"][1:].clone()),
         lambda tensors, metadata: metadata.pop("step"),
         lambda tensors, metadata: metadata.update(step="four"),
@@ -424,7 +474,7 @@ def test_stops_when_nothing_improves(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"latents": 32, "k": 16, "batch_size": 64}
     seen: list[tuple[int, int]] = []
     rate = rates(monkeypatch)
-    _, report = train_sae(
+    _, report, _ = train_sae(
         gradients(noise),
         **options,
         epochs=3000,
@@ -439,24 +489,24 @@ def test_stops_when_nothing_improves(monkeypatch: pytest.MonkeyPatch) -> None:
     # The rate falls as soon as FVU has stalled, over as many steps as ever.
     assert all(each == 1e-3 for each in rate[90:-1200])
     assert torch.allclose(torch.tensor(rate[-1200:]), 1e-3 * torch.arange(1200, 0, -1) / 1200)
-    _, patient = train_sae(gradients(noise), **options, epochs=500, patience=0)
+    _, patient, _ = train_sae(gradients(noise), **options, epochs=500, patience=0)
     assert not patient.stopped and len(patient.losses) == 500
 
 
 def test_losses_and_their_gradients_are_those_of_the_plain_formulas() -> None:
     batch = sparse(count=300)[1].flatten(1).double()
-    trainer = _Trainer(batch, 0.7, 40, 3, None, 1e-3, 300, 0, 5)
+    trainer = trainer_of(batch, 0.7, 40, 3, batch_size=300)
     with torch.no_grad():
-        for parameter in trainer.parameters:
+        for parameter in trainer.model.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).double()
-    trainer.idle[5:30] = 10_000
+    trainer.steps_since_fired[5:30] = 10_000
 
     def top(before: torch.Tensor, k: int) -> torch.Tensor:
         values, places = before.relu().topk(k, dim=1)
         return torch.zeros_like(before).scatter(1, places, values)
 
     encoder, encoder_bias, decoder, decoder_bias = (
-        value.detach().clone().requires_grad_() for value in trainer.parameters
+        value.detach().clone().requires_grad_() for value in trainer.model.parameters()
     )
     before = (batch - decoder_bias) @ encoder.T + encoder_bias
     active = top(before, 3)
@@ -465,16 +515,18 @@ def test_losses_and_their_gradients_are_those_of_the_plain_formulas() -> None:
     dead = torch.zeros(40, dtype=torch.bool)
     dead[5:30] = True
     dead &= ~(active > 0).any(0)
-    wanted = rest[:_AUX_ROWS].detach()
-    found = top(before[:_AUX_ROWS, dead], min(int(dead.sum()), 16)) @ decoder[dead]
-    whole = plain + _AUX_WEIGHT * (wanted - found).square().sum() / wanted.square().sum()
+    wanted = rest[: trainer.config.auxk_rows].detach()
+    found = top(before[: trainer.config.auxk_rows, dead], min(int(dead.sum()), 16)) @ decoder[dead]
+    whole = plain + trainer.config.auxk_weight * (wanted - found).square().sum() / wanted.square().sum()
     whole.backward()
 
-    fvu, loss, idle = trainer.loss(batch)
+    fvu, loss, steps_since_fired = trainer.loss(batch)
     loss.backward()
-    assert dead.any() and torch.equal(idle > 9999, dead)
+    assert dead.any() and torch.equal(steps_since_fired > 9999, dead)
     assert torch.allclose(fvu, plain) and torch.allclose(loss, whole)
-    for parameter, other in zip(trainer.parameters, (encoder, encoder_bias, decoder, decoder_bias), strict=True):
+    for parameter, other in zip(
+        trainer.model.parameters(), (encoder, encoder_bias, decoder, decoder_bias), strict=True
+    ):
         assert torch.allclose(parameter.grad, other.grad)
 
 
@@ -492,10 +544,10 @@ def test_geometric_median_shrugs_off_outliers() -> None:
 def test_pieces_make_the_same_median_and_the_same_training(monkeypatch: pytest.MonkeyPatch) -> None:
     source = gradients(sparse(count=300)[1])
     options = {"latents": 48, "epochs": 5}
-    median, (whole, expected) = geometric_median(source.flat), train_sae(source, **options)
-    monkeypatch.setattr(sae, "_VALUES", 30 * 32)
+    median, (whole, expected, _) = geometric_median(source.flat), train_sae(source, **options)
+    monkeypatch.setattr(sae_data, "PIECE_VALUES", 30 * 32)
     torch.testing.assert_close(geometric_median(source.flat), median)
-    directions, report = train_sae(source, **options)
+    directions, report, _ = train_sae(source, **options)
     torch.testing.assert_close(directions.vectors, whole.vectors, rtol=0, atol=1e-4)
     assert report.fvu == pytest.approx(expected.fvu, rel=1e-4)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from elrond_core.collect.collection import collect
+from elrond_core.collect.collection import CollectionPlan, collect
 from elrond_core.gradients import Gradients
 from elrond_core.provenance import Provenance
 from elrond_core.storage import atomic_write
@@ -25,6 +25,7 @@ from elrond_core.storage.shards import Shards, prune
 
 ROOT = Path(__file__).parents[2]
 LATENTS = torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+PLAN = CollectionPlan(count=299, sigma=(0.9, 0.5), seed=3, batch_size=2, probes=True)
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
 
 
@@ -49,13 +50,12 @@ def run(root: Path, warn: Callable[[str], None] = pytest.fail, **options) -> tup
     """150 batches, and how many of them were computed."""
     model = Network()
     kept = Shards(root, "0f" * 16, warn)
-    settings = {"count": 299, "sigma": (0.9, 0.5), "seed": 3, "batch_size": 2, "response": True, **options}
-    return collect(model, LATENTS, Provenance("toy"), shards=kept, **settings), model.calls
+    return collect(model, LATENTS, Provenance("toy"), PLAN, store=kept, **options), model.calls
 
 
 @pytest.fixture(scope="module")
 def uninterrupted() -> Gradients:
-    return collect(Network(), LATENTS, Provenance("toy"), 299, (0.9, 0.5), 3, batch_size=2, response=True)
+    return collect(Network(), LATENTS, Provenance("toy"), PLAN)
 
 
 def same(one: Gradients, two: Gradients) -> None:

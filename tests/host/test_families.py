@@ -25,7 +25,7 @@ import torch
 from comfy.ldm.modules import attention
 from comfy_extras import nodes_model_advanced
 from comfyui_elrond.elrond_core.collect.checkpointing import SavedTensors
-from comfyui_elrond.elrond_core.collect.collection import collect
+from comfyui_elrond.elrond_core.collect.collection import CollectionPlan, collect
 from comfyui_elrond.elrond_core.collect.differentiate import gradient
 from comfyui_elrond.elrond_core.errors import ElrondError
 from comfyui_elrond.elrond_core.prompt import Concept
@@ -568,7 +568,9 @@ def test_two_collections_of_one_model(family: Family) -> None:
     def collected(seed: int) -> torch.Tensor:
         def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> torch.Tensor:
             sigma = host.sigma_of(model, 1.0)
-            return collect(denoiser, realizations, Provenance("test"), 3, sigma, 0, 2, response=True).vectors
+            return collect(
+                denoiser, realizations, Provenance("test"), CollectionPlan(3, (sigma,), 0, 2, probes=True)
+            ).vectors
 
         return visit(family, model, prompt(family, seed), work)
 

@@ -12,7 +12,7 @@ import comfy.patcher_extension
 import pytest
 import torch
 from comfyui_elrond.elrond_core.collect.checkpointing import blocks_of
-from comfyui_elrond.elrond_core.collect.collection import collect
+from comfyui_elrond.elrond_core.collect.collection import CollectionPlan, collect
 from comfyui_elrond.elrond_core.collect.differentiate import gradient
 from comfyui_elrond.elrond_core.errors import ElrondError
 from comfyui_elrond.elrond_core.provenance import Provenance
@@ -249,7 +249,7 @@ def test_out_of_memory_on_the_way() -> None:
         def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> torch.Tensor:
             hook = block.register_forward_pre_hook(full)
             try:
-                return collect(denoiser, realizations, Provenance("test"), 6, 1.0, 0, 4).vectors
+                return collect(denoiser, realizations, Provenance("test"), CollectionPlan(6, (1.0,), 0, 4)).vectors
             finally:
                 hook.remove()
 

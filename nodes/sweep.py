@@ -129,6 +129,7 @@ class DirectionSweep(io.ComfyNode):
         indices = indices_of(which, len(directions)) if which.strip() else list(range(min(_SHOWN, len(directions))))
         check_guidance(cfg, negative is not None)
         strengths = torch.linspace(lowest, highest, columns)
+        host.check_one_image(positive)
         # All rows are steered before the first is sampled, so that what does not fit is said at once.
         steered = [_steered(positive, directions, i, strengths.split(batch_size), unit, concept) for i in indices]
         word = concept_and_norm(host.marked(positive)[1], directions, concept)[0].word

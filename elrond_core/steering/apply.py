@@ -35,7 +35,10 @@ def steer(conditioning: torch.Tensor, rows: tuple[int, ...], change: torch.Tenso
         )
     count = max(len(conditioning), len(change))
     if {len(conditioning), len(change)} - {1, count}:
-        raise ElrondError(f"{len(change)} changes do not fit a batch of {len(conditioning)} conditionings.")
+        raise ElrondError(
+            f"The prompt already has steps for {len(conditioning)} images, and these are for {len(change)}: make as "
+            "many, or steer the prompt as it was before."
+        )
     out = conditioning.expand(count, -1, -1).clone()
     change = change.to(out.device).expand(count, len(rows), -1)
     moved = change.abs().amax(2) > 0

@@ -1,8 +1,9 @@
 """The adapter to ComfyUI: the only folder, beside `demo/host_model`, that touches the host's internals."""
 
-from .conditioning import MARK, MarkedPrompt, mark, marked, resized, steer_conditioning
+from .conditioning import MARK, MarkedPrompt, check_one_image, mark, marked
 from .denoiser import HostDenoiser, visit
 from .features import image_features, through_features
+from .parts import resized, steer_conditioning
 from .paths import file_folders, make_folders, output_folder, routes
 from .resume import HOST, kept_training, open_shards, training_device
 from .sampling import (
@@ -24,6 +25,7 @@ __all__ = [
     "HostDenoiser",
     "MarkedPrompt",
     "absent",
+    "check_one_image",
     "decode",
     "dropped_rows",
     "empty_latent",

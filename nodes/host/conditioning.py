@@ -1,21 +1,20 @@
-"""Conditionings that remember their concept, and how they are steered."""
+"""Conditionings that remember their concept, and those that differ between the images of a batch."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.utils
 import torch
 
 from ...elrond_core.errors import ElrondError
 from ...elrond_core.prompt import Concept
-from ...elrond_core.steering.apply import steer
 
-# The key under which an entry holds its `MarkedPrompt`. The host passes unknown keys through.
-MARK = "elrond"
+# Keys of an entry; the host and its nodes pass unknown keys through.
+MARK = "elrond"  # its `MarkedPrompt`
+PART = "elrond_part"  # its `parts.Part`, if steering divided it
+IMAGES = "elrond_images"  # the numbers of the images that are sampled together, where the pack samples them
 Conditioning = list[list[Any]]
 
 
@@ -81,93 +80,51 @@ def marked(conditioning: Conditioning) -> tuple[torch.Tensor, MarkedPrompt]:
     raise ElrondError("This conditioning does not know its concept; make it with the ELROND Encode Concept node.")
 
 
-def steer_conditioning(
-    conditioning: Conditioning,
-    change: Callable[[MarkedPrompt], tuple[tuple[int, ...], torch.Tensor]],
-    start: float,
-    end: float,
-    mask: torch.Tensor | None = None,
-) -> Conditioning:
-    """Steer every marked entry between two points of the sampling, and leave it as it was outside.
+class PerImage(torch.Tensor):
+    """A conditioning (N, T, d) whose item i belongs to image i, whichever images are sampled together.
 
-    Args:
-        conditioning: entries, of which those without a mark pass through.
-        change: from an entry's marked prompt, the rows and the change (see `elrond_core.steering.steer`).
-        start: share of the sampling at which steering starts, 0 to 1.
-        end: share at which it ends.
-        mask: MASK in [0, 1], of any size, where in the image to steer; None is everywhere.
+    The type outlasts arithmetic, so that the host's nodes may average it, or append another prompt to it.
+    `at_sampling` takes the items of the images that are sampled and hands the model an ordinary tensor.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Let one tensor stand for all images where prompts are put one after another, as it does in sums."""
+        kwargs = kwargs or {}
+        if func is torch.cat and 1 in (*args[1:], kwargs.get("dim")):
+            count = max(len(each) for each in args[0])
+            args = ([each.expand(count, -1, -1) if len(each) == 1 else each for each in args[0]], *args[1:])
+        try:
+            return super().__torch_function__(func, types, args, kwargs)
+        except RuntimeError as error:
+            operands = args[0] if func is torch.cat else args
+            counts = {len(each) for each in operands if isinstance(each, torch.Tensor) and each.ndim == 3} - {1}
+            if len(counts) < 2:
+                raise
+            few, many = min(counts), max(counts)
+            raise ElrondError(
+                f"One conditioning is for {few} images and the other for {many}: set Diversify to the same count for "
+                "both."
+            ) from error
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers as an ordinary tensor."""
+    return tensor.as_subclass(torch.Tensor) if isinstance(tensor, PerImage) else tensor
+
+
+def check_one_image(conditioning: Conditioning) -> None:
+    """Refuse a conditioning whose entries differ between images, where one prompt is looked at.
 
     Raises:
-        ElrondError: if no entry is marked, steering ends before it starts, or an entry cannot be masked.
+        ElrondError: if one does.
     """
-    marked(conditioning)
-    if not 0 <= start < end <= 1:
-        raise ElrondError(f"Steering must start before it ends, between 0 and 1, not from {start} to {end}.")
-    out: Conditioning = []
     for tensor, options in conditioning:
-        if MARK not in options:
-            out.append([tensor, options])
-            continue
-        rows, delta = change(options[MARK])
-        steered = steer(tensor, rows, delta)
-        batched = tensor.expand(len(steered), -1, -1) if len(steered) > len(tensor) else tensor
-        first, last = options.get("start_percent", 0.0), options.get("end_percent", 1.0)
-        for low, high, parts in (
-            (first, min(start, last), [(batched, options)]),
-            (max(first, start), min(end, last), _divided(options, mask, batched, steered)),
-            (max(first, end), last, [(batched, options)]),
-        ):
-            if low >= high:
-                continue
-            limits: dict[str, float] = {}
-            if low > 0:
-                # Two entries that meet at a step would both act there and be averaged, so the later one starts late.
-                limits["start_percent"] = low + (1e-5 if low > first else 0.0)
-            if high < 1:
-                limits["end_percent"] = high
-            for rows_, kept in parts:
-                rest = {k: v for k, v in kept.items() if k not in ("start_percent", "end_percent")}
-                out.append([rows_, {**rest, **limits}])
-    return out
-
-
-def _divided(
-    options: dict[str, Any], mask: torch.Tensor | None, outside: torch.Tensor, inside: torch.Tensor
-) -> list[tuple[torch.Tensor, dict[str, Any]]]:
-    """The rows and options of entries that act outside and inside a mask; together they weigh what the entry did."""
-    if mask is None or torch.equal(inside, outside):
-        return [(inside, options)]
-    if options.get("default"):
-        raise ElrondError(
-            "A default conditioning acts where the others leave room and cannot be masked itself: steer before it is "
-            "made the default, without a mask."
-        )
-    own = options.get("mask", torch.ones(1, 1, 1))
-    own, share = _alike(own if own.ndim > 2 else own[None], (mask if mask.ndim > 2 else mask[None]).clamp(0, 1))
-    # The host may crop an entry to where its mask is not zero; a division must not change what the model is shown.
-    least = torch.finfo(own.dtype).eps if options.get("set_area_to_bounds") else 0.0
-    parts = [
-        (rows, {**options, "mask": own * part.clamp_min(least)})
-        for rows, part in ((outside, 1 - share), (inside, share))
-        if (own * part).any()
-    ]
-    return parts if len(parts) > 1 else [(rows, options) for rows, _ in parts] or [(inside, options)]
-
-
-def _alike(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two masks (N, …, H, W) brought to the larger size and to as many images as repeat both."""
-    height, width = max(a.shape[-2], b.shape[-2]), max(a.shape[-1], b.shape[-1])
-    count = math.lcm(len(a), len(b))
-    b = b.to(a).reshape(len(b), *[1] * (a.ndim - b.ndim), *b.shape[1:])
-    a, b = (resized(each, height, width).repeat(count // len(each), *[1] * (a.ndim - 1)) for each in (a, b))
-    return a, b
-
-
-def resized(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """A mask (N, …, H, W) at another size, cells staying whole: the host resizes it smoothly when it samples."""
-    if mask.shape[-2:] == (height, width):
-        return mask
-    flat = mask.reshape(-1, 1, *mask.shape[-2:])
-    return comfy.utils.common_upscale(flat, width, height, "nearest-exact", "none").reshape(
-        *mask.shape[:-2], height, width
-    )
+        count = len(tensor) if isinstance(tensor, PerImage) else options[PART].masks if PART in options else 1
+        if count > 1:
+            raise ElrondError(
+                f"This conditioning is another one for each of {count} images: connect the one from before Diversify, "
+                "or from before a batch of masks."
+            )

@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import comfy.model_management
-import comfy.sample
 import comfy.samplers
 import torch
 from torch.utils._pytree import tree_map_only
 
 from ...elrond_core.collect.checkpointing import Checkpointing, Footprint, SavedTensors, blocks_of, footprint
 from ...elrond_core.errors import ElrondError
-from .conditioning import MARK, Conditioning, marked
+from .conditioning import MARK, Conditioning, check_one_image, marked
 from .gradient_patches import (
     differentiable,
     differentiable_attention,
@@ -30,7 +29,7 @@ from .gradient_patches import (
     normal_copies,
 )
 from .kernels import plain_kernels
-from .sampling import sigma_of
+from .sampling import own_latents, sigma_of
 
 Result = TypeVar("Result")
 
@@ -253,11 +252,12 @@ def visit(
         words: whether the denoiser's rows are those of all words of the prompt, the concept's first.
     """
     marked(positive)
+    check_one_image(positive)
     with differentiable(), plain_kernels():
+        latents = own_latents(model, latents)
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(normal_clone(positive), normal_clone(negative if negative is not None else positive))
         guider.set_cfg(cfg if negative is not None else 1.0)
-        latents = comfy.sample.fix_empty_latent_channels(model, latents.clone())
         visitor = _Visit(work, latents, words)
         sigmas = torch.tensor([sigma_of(model, 1.0), 0.0])
         # The host is shown one of them only: it would make room for as many at once.

@@ -14,8 +14,9 @@ import latent_preview
 import torch
 from comfy_execution.graph import ExecutionBlocker
 
+from ...elrond_core.errors import ElrondError
 from ...elrond_core.seeding import generator, normal
-from .conditioning import Conditioning
+from .conditioning import IMAGES, Conditioning
 
 
 def sigma_of(model: Any, noise_level: float) -> float:
@@ -75,6 +76,22 @@ def empty_latent(model: Any, width: int, height: int, count: int) -> torch.Tenso
     return comfy.sample.fix_empty_latent_channels(model, shape)
 
 
+def own_latents(model: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Latents as the model takes them.
+
+    Raises:
+        ElrondError: if another family made them.
+    """
+    latents = comfy.sample.fix_empty_latent_channels(model, latents.clone())
+    channels = model.get_model_object("latent_format").latent_channels
+    if latents.shape[1] != channels:
+        raise ElrondError(
+            f"These latents have {latents.shape[1]} channels and this model's have {channels}: sample them with a "
+            "model of this family."
+        )
+    return latents
+
+
 def sample(
     model: Any,
     positive: Conditioning,
@@ -91,11 +108,17 @@ def sample(
 ) -> torch.Tensor:
     """Sample a batch of realizations from pure noise; realization `first + i` depends on (seed, first + i) only.
 
-    With `alike`, every image of the batch starts from the noise of realization `first`. After each step `on_step` is
+    With `alike`, every image of the batch starts from the noise of realization `first`, and has the number of its place
+    in the batch where the conditioning differs between images. After each step `on_step` is
     told how many images that makes of the batch, in parts of images, and is shown the clean estimates.
     """
     indices = [first] * len(latents) if alike else list(range(first, first + len(latents)))
     noise = normal(tuple(latents.shape[1:]), seed, "realization", indices)
+    images = range(len(latents)) if alike else indices
+
+    def numbered(conditioning: Conditioning) -> Conditioning:
+        return [[tensor, {**options, IMAGES: tuple(images)}] for tensor, options in conditioning]
+
     settings = comfy.samplers.KSampler(model, steps, model.load_device, sampler, scheduler, 1.0)
     sigmas = settings.sigmas
     how = comfy.samplers.sampler_object(sampler)
@@ -111,8 +134,8 @@ def sample(
         cfg,
         how,
         sigmas,
-        positive,
-        negative if negative is not None else positive,
+        numbered(positive),
+        numbered(negative if negative is not None else positive),
         latents,
         callback=callback,
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,

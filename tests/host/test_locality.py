@@ -129,8 +129,11 @@ def test_masks_that_change_nothing(teacher: SimpleNamespace, apply: Any) -> None
             ((rows, kept),) = apply(positive, 0, strength, mask)
             expected = positive if plain else apply(positive, 0, strength, None)
             assert torch.equal(rows, expected[0][0]) and kept.get("mask") is own.get("mask")
-    ((rows, kept),) = apply([[tensor, {**options, "mask": TOP * 0}]], 0, 0.5, LEFT)
-    assert not kept["mask"].any()
+    # An entry that acts nowhere still does, and the host is given no more than one of it.
+    nowhere = [[tensor, {**options, "mask": TOP * 0}]]
+    ball = host.encode(teacher.clip, "a blue ball")
+    assert torch.equal(estimate(teacher, apply(nowhere, 0, 0.5, LEFT) + ball), estimate(teacher, ball))
+    check(estimate(teacher, apply(nowhere, 0, 0.5, LEFT)), estimate(teacher, nowhere))
 
 
 def test_an_entry_is_cropped_to_its_own_mask_still(teacher: SimpleNamespace, apply: Any) -> None:

@@ -1,0 +1,208 @@
+"""Steering a conditioning in a part of the sampling, or of the image.
+
+The host has entries that act between two points of the sampling, or under a mask. Steering a part therefore divides an
+entry: one acts where it is steered, others where it is not. Nodes of the host that come later write the same keys
+(`start_percent`, `end_percent`, `mask`), and mean all of the entry. So an entry remembers which part it is, and
+`at_sampling` brings the two together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.samplers
+import comfy.utils
+import torch
+
+from ...elrond_core.errors import ElrondError
+from ...elrond_core.steering.apply import steer
+from . import at_sampling
+from .conditioning import MARK, PART, Conditioning, MarkedPrompt, PerImage, marked, plain
+
+# Two entries that meet at a step would both act there and be averaged, so the later one starts so much later. It is a
+# hundredth of one of a thousand timesteps.
+_LATER = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Which part of an entry a divided one is.
+
+    Attributes:
+        start: share of the sampling at which it starts, 0 to 1.
+        end: share at which it ends.
+        share: MASK (N, H, W) in [0, 1], how much of each cell is its; None is all.
+        whole: the mask that the entry had before it was divided, if any.
+        mask: the product of the two, which the divided entry has. A later node that replaces it means the whole.
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+    share: torch.Tensor | None = None
+    whole: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    @property
+    def masks(self) -> int:
+        """How many images have a share of their own; 1 if all have the same."""
+        return 1 if self.share is None else len(self.share)
+
+    def whole_mask(self, options: dict[str, Any]) -> torch.Tensor | None:
+        """The mask of the undivided entry, as far as later nodes tell it."""
+        now = options.get("mask")
+        if self.mask is None or now is None:
+            return now
+        untouched = now is self.mask or (now.shape == self.mask.shape and torch.equal(now, self.mask.to(now)))
+        return self.whole if untouched else now
+
+    def limited(self, options: dict[str, Any], size: tuple[int, ...] | None = None) -> dict[str, Any]:
+        """The options of the undivided entry, limited to this part, which they remember.
+
+        Args:
+            options: those of the entry; they may be limited to this part already.
+            size: (…, H, W) of the latents, once that is known.
+
+        Raises:
+            ElrondError: if the entry is a default one and the part a region.
+        """
+        kept = {k: v for k, v in options.items() if k not in ("start_percent", "end_percent", PART)}
+        kept.update(self._window(options.get("start_percent", 0.0), options.get("end_percent", 1.0)))
+        if self.share is None:
+            return {**kept, PART: self}
+        if options.get("default"):
+            raise ElrondError(
+                "A default conditioning acts where the others leave room and cannot be masked itself: steer without a "
+                "mask what becomes the default."
+            )
+        whole = self.whole_mask(options)
+        weights = whole
+        if whole is None and "area" in options and size is not None:
+            weights = _area_weights(options["area"], size)
+        # The host may crop an entry to where its mask is not zero; the division must not change what the model sees.
+        least = torch.finfo(self.share.dtype).eps if options.get("set_area_to_bounds") else 0.0
+        weights, share = _matched(torch.ones(1, 1, 1) if weights is None else weights, self.share)
+        mask = weights * share.clamp_min(least)
+        return {**kept, "mask": mask, PART: Part(self.start, self.end, self.share, whole, mask)}
+
+    def _window(self, first: float, last: float) -> dict[str, float]:
+        """The keys of a window that is both within the entry's and within this part's."""
+        low, high = max(first, self.start), min(last, self.end)
+        if low >= high:
+            # The host has no entry that never acts but one that ends before it starts. A later node may widen it.
+            return {"start_percent": high + _LATER, "end_percent": high}
+        window: dict[str, float] = {}
+        if low > 0:
+            window["start_percent"] = low + (_LATER if low > first else 0.0)
+        if high < 1:
+            window["end_percent"] = high
+        return window
+
+    def within(self, other: Part, options: dict[str, Any]) -> Part | None:
+        """The part of this part that is also within another; None if they do not meet."""
+        start, end = max(self.start, other.start), min(self.end, other.end)
+        share = self.share if other.share is None else other.share
+        if self.share is not None and other.share is not None:
+            mine, theirs = _matched(self.share, other.share)
+            share = mine * theirs
+        if start >= end or (share is not None and not share.any()):
+            return None
+        return Part(start, end, share, self.whole_mask(options), options.get("mask"))
+
+
+def steer_conditioning(
+    conditioning: Conditioning,
+    change: Callable[[MarkedPrompt], tuple[tuple[int, ...], torch.Tensor]],
+    start: float,
+    end: float,
+    mask: torch.Tensor | None = None,
+) -> Conditioning:
+    """Steer every marked entry between two points of the sampling, and leave it as it was outside.
+
+    Args:
+        conditioning: entries, of which those without a mark pass through.
+        change: from an entry's marked prompt, the rows and the change (see `elrond_core.steering.apply.steer`).
+        start: share of the sampling at which steering starts, 0 to 1.
+        end: share at which it ends.
+        mask: MASK in [0, 1], of any size, where in the image to steer; None is everywhere.
+
+    Raises:
+        ElrondError: if no entry is marked, steering ends before it starts, or an entry cannot be masked.
+    """
+    marked(conditioning)
+    if not 0 <= start < end <= 1:
+        raise ElrondError(f"Steering must start before it ends, between 0 and 1, not from {start} to {end}.")
+    at_sampling.install()
+    out: Conditioning = []
+    for tensor, options in conditioning:
+        if MARK not in options:
+            out.append([tensor, options])
+            continue
+        rows, delta = change(options[MARK])
+        steered = steer(plain(tensor), rows, delta)
+        # A batch that another node made is taken as it is.
+        per_image = isinstance(tensor, PerImage) or len(steered) > len(tensor)
+        before = tensor.expand(len(steered), -1, -1)
+        if per_image:
+            steered, before = steered.as_subclass(PerImage), before.as_subclass(PerImage)
+        old = options.get(PART, Part())
+        for rows_, part in (
+            (before, Part(0.0, start)),
+            *((r, Part(start, end, share)) for r, share in _divided(options, mask, before, steered)),
+            (before, Part(end, 1.0)),
+        ):
+            new = old.within(part, options) if part.start < part.end else None
+            if new is not None:
+                divided = new.share is not None or (new.start, new.end) != (0.0, 1.0)
+                out.append([rows_, new.limited(options) if divided else options])
+    return out
+
+
+def _divided(
+    options: dict[str, Any], mask: torch.Tensor | None, outside: torch.Tensor, inside: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The tensors of entries that act outside and inside a mask, and the share of each; all of it is None."""
+    if mask is None or torch.equal(plain(inside), plain(outside)):
+        return [(inside, None)]
+    share = (mask if mask.ndim > 2 else mask[None]).clamp(0, 1)
+    if not (share < 1).any():
+        return [(inside, None)]
+    if not share.any():
+        return [(outside, None)]
+    return [(outside, 1 - share), (inside, share)]
+
+
+def _matched(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two masks (N, …, H, W) brought to the larger size and to as many images as repeat both."""
+    height, width = max(a.shape[-2], b.shape[-2]), max(a.shape[-1], b.shape[-1])
+    a = a if a.ndim > 2 else a[None]
+    count = math.lcm(len(a), len(b))
+    b = b.to(a).reshape(len(b), *[1] * (a.ndim - b.ndim), *b.shape[1:])
+    a, b = (resized(each, height, width).repeat(count // len(each), *[1] * (a.ndim - 1)) for each in (a, b))
+    return a, b
+
+
+def resized(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """A mask (N, …, H, W) at another size, cells staying whole: the host resizes it smoothly when it samples."""
+    if mask.shape[-2:] == (height, width):
+        return mask
+    flat = mask.reshape(-1, 1, *mask.shape[-2:])
+    return comfy.utils.common_upscale(flat, width, height, "nearest-exact", "none").reshape(
+        *mask.shape[:-2], height, width
+    )
+
+
+def _area_weights(area: Any, size: tuple[int, ...]) -> torch.Tensor:
+    """The weights (1, …, H, W) that the host gives an entry with an area and no mask: they fade at its edges."""
+    entry = {"area": area, "model_conds": {}, "uuid": None}
+    entries = [entry]
+    comfy.samplers.resolve_areas_and_cond_masks_multidim(entries, size, "cpu")
+    weights = torch.zeros(1, 1, *size)
+    part = comfy.samplers.get_area_and_mult(entries[0], weights, torch.zeros(1))
+    place = weights
+    for i, (length, offset) in enumerate(zip(part.area[: len(size)], part.area[len(size) :], strict=True)):
+        place = place.narrow(i + 2, offset, length)
+    place.copy_(part.mult)
+    return weights[0]

@@ -23,8 +23,8 @@ class Directions:
         names: one name a direction; empty where nobody gave one.
         score_name: what `scores` is, in words, for reports and axes.
         stars: one mark a direction.
-        reach: how far the model's own images lie along each direction: the standard deviation of the steps that would
-            turn the mean image into them, in the embedding's units; empty where it is not known.
+        natural_std: how far the model's own images lie along each direction: the standard deviation of the steps that
+            would turn the mean image into them, in the embedding's units; empty where it is not known.
         densities: the share of the gradients that activate each direction, if it is a latent of a sparse autoencoder
             (its firing density, 0 to 1); empty if not.
     """
@@ -36,7 +36,7 @@ class Directions:
     names: tuple[str, ...] = ()
     score_name: str = "score"
     stars: tuple[bool, ...] = field(default=())
-    reach: tuple[float, ...] = ()
+    natural_std: tuple[float, ...] = ()
     densities: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ class Directions:
                 object.__setattr__(self, name, (default,) * len(self.vectors))
             elif len(getattr(self, name)) != len(self.vectors):
                 raise ElrondError(f"{len(self.vectors)} directions need as many {name}.")
-        for name in ("reach", "densities"):
+        for name in ("natural_std", "densities"):
             if len(getattr(self, name)) not in (0, len(self.vectors)):
                 raise ElrondError(f"{len(self.vectors)} directions need as many numbers of {name}, or none.")
 

@@ -21,9 +21,9 @@ class Gradients:
         sources: int64, (N,): realization that was noised (A).
         targets: int64, (N,): realization the estimate was compared with (B).
         provenance: where they come from.
-        response: float32, (M, R, d): back-propagated white noise at the same points, scaled like the gradients, so
-            that its second moment estimates the response JᵀJ; M is 0 where it was not collected.
-        response_sigma: float32, (M,): noise level of each response, where there are several levels; else None.
+        response: float32, (M, R, d): Jacobian probes: white noise back-propagated at the same points and scaled like
+            the gradients, so that its second moment estimates the pullback metric JᵀJ; M is 0 without them.
+        response_sigma: float32, (M,): noise level of each probe, where there are several levels; else None.
     """
 
     vectors: torch.Tensor
@@ -59,28 +59,42 @@ class Gradients:
         """The noise levels, in the model's units, highest first."""
         return sorted(self.sigma.unique().tolist(), reverse=True)
 
+    def select(self, mask: torch.Tensor, response_mask: torch.Tensor | None = None) -> Gradients:
+        """The gradients where a mask holds, in order.
+
+        Args:
+            mask: bool, (N,).
+            response_mask: bool, (M,), of the Jacobian probes; None keeps all.
+        """
+        response, sigma = self.response, self.response_sigma
+        if response_mask is not None:
+            response = response[response_mask]
+            sigma = None if sigma is None else sigma[response_mask]
+        levels = self.sigma[mask]
+        return Gradients(
+            vectors=self.vectors[mask],
+            sigma=levels,
+            sources=self.sources[mask],
+            targets=self.targets[mask],
+            provenance=self.provenance.with_(sigma=tuple(levels.unique().tolist()), count=len(levels)),
+            response=response,
+            response_sigma=sigma,
+        )
+
     def at_levels(self, levels: Sequence[float]) -> Gradients:
-        """Only the gradients, and responses, of these noise levels.
+        """Only the gradients, and Jacobian probes, of these noise levels.
 
         Raises:
             ElrondError: if there are none.
         """
-        some = torch.tensor(list(levels), dtype=torch.float32)
-        kept, heard = torch.isin(self.sigma, some), torch.isin(self.response_levels(), some)
-        if not kept.any():
+        wanted = torch.tensor(list(levels), dtype=torch.float32)
+        mask = torch.isin(self.sigma, wanted)
+        if not mask.any():
             raise ElrondError(f"There are no gradients of that noise level, only of {listed(self.levels)}.")
-        return Gradients(
-            vectors=self.vectors[kept],
-            sigma=self.sigma[kept],
-            sources=self.sources[kept],
-            targets=self.targets[kept],
-            provenance=replace(self.provenance, sigma=tuple(self.sigma[kept].unique().tolist()), count=int(kept.sum())),
-            response=self.response[heard],
-            response_sigma=None if self.response_sigma is None else self.response_sigma[heard],
-        )
+        return self.select(mask, torch.isin(self.response_levels(), wanted))
 
     def of_row(self, row: int) -> Gradients:
-        """Only the gradients, and responses, of one of the concept's rows, (N, 1, d); 0 is the first.
+        """Only the gradients, and Jacobian probes, of one of the concept's rows, (N, 1, d); 0 is the first.
 
         Raises:
             ElrondError: if there is no such row.
@@ -96,29 +110,34 @@ class Gradients:
             provenance=self.provenance.with_(rows=self.provenance.rows[here], tokens=self.provenance.tokens[here]),
         )
 
-    def of_rows_alike(self) -> Gradients:
-        """Gradients, and responses, of moving all rows of the concept alike, (N, 1, d).
+    def summed_over_rows(self) -> Gradients:
+        """Gradients, and Jacobian probes, with respect to one step that all rows of the concept take, (N, 1, d).
 
-        They are the sums over the rows, and so point where the means do; a direction over one row moves several alike.
+        By the chain rule they are sums over the rows. A direction over one row moves each of several rows by itself.
         """
         return replace(self, vectors=self.vectors.sum(1, keepdim=True), response=self.response.sum(1, keepdim=True))
 
-    def normalised(self) -> Gradients:
-        """Gradients, and responses, divided by the root mean square length of their noise level's gradients.
+    def rms_length(self, level: float) -> float:
+        """Root mean square length of the gradients of a noise level."""
+        return float(self.flat[self.sigma == level].double().square().sum(1).mean().sqrt())
 
-        Every level then has the same say in pooled directions; both are divided by the same length, so that a level's
-        response directions do not change.
+    def normalised(self) -> Gradients:
+        """Gradients, and Jacobian probes, divided by the root mean square length of their noise level's gradients.
+
+        Every level then has the same weight in pooled directions. Probes are divided by the same length as gradients,
+        so that the response directions of a level do not change.
         """
-        scale, heard = torch.ones(len(self)), torch.ones(len(self.response))
+        scale, probe_scale = torch.ones(len(self)), torch.ones(len(self.response))
         for level in self.levels:
-            here = self.sigma == level
-            length = self.flat[here].double().square().sum(1).mean().sqrt().float()
+            length = torch.tensor(self.rms_length(level))
             if length > 0:
-                scale[here], heard[self.response_levels() == level] = 1 / length, 1 / length
-        return replace(self, vectors=self.vectors * scale[:, None, None], response=self.response * heard[:, None, None])
+                scale[self.sigma == level] = 1 / length
+                probe_scale[self.response_levels() == level] = 1 / length
+        vectors, response = self.vectors * scale[:, None, None], self.response * probe_scale[:, None, None]
+        return replace(self, vectors=vectors, response=response)
 
     def response_levels(self) -> torch.Tensor:
-        """Noise level of each response, float32, (M,).
+        """Noise level of each Jacobian probe, float32, (M,).
 
         Raises:
             ElrondError: if there are several levels and the gradients do not say.

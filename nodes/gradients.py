@@ -298,7 +298,7 @@ class SelectGradients(io.ComfyNode):
     ) -> io.NodeOutput:
         """Select."""
         if rows == _MEAN:
-            gradients = gradients.of_rows_alike()
+            gradients = gradients.summed_over_rows()
         elif rows == _SINGLE:
             gradients = gradients.of_row(row - 1)
         levels = gradients.levels
@@ -306,7 +306,7 @@ class SelectGradients(io.ComfyNode):
             raise ElrondError(f"There are {len(levels)} noise levels, and no level {level}.")
         lines = [
             f"{place}: {int((gradients.sigma == value).sum())} gradients at noise level {value:.4g} "
-            f"of mean length {float(gradients.flat[gradients.sigma == value].norm(dim=1).mean()):.3g}"
+            f"of root mean square length {gradients.rms_length(value):.3g}"
             for place, value in enumerate(levels, 1)
         ]
         chosen = gradients.at_levels(levels[level - 1 : level]) if level else gradients

@@ -168,7 +168,7 @@ class Diversify(io.ComfyNode):
                     tooltip="random: each image draws on its own, as in the paper. spread: mixes of all leading "
                     "directions that lie evenly apart, so that a small batch covers more. natural: such mixes in the "
                     "proportions in which the model's own images vary; strengths are multiples of that (unit is not "
-                    "used). Needs directions of Fit Response.",
+                    "used). Needs directions of Fit Response or Fit Word Directions.",
                 ),
                 io.Combo.Input(
                     "weights",

@@ -1,4 +1,4 @@
-"""Merging gradients of one concept that were collected apart: with several seeds, or on several machines."""
+"""Merge gradients of one concept from several collections: of several seeds, or from several machines."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from ..errors import ElrondError
 from ..gradients import Gradients
 
-# Lengths of one level's gradients that differ more than this are not on one scale.
+# Ratio of the lengths of two collections' gradients at one noise level, above which one of them was normalised.
 _SCALE = 10.0
-# Shares of the levels that differ more than this are more than a remainder.
+# Difference between a level's share of the gradients and its share of the probes that is reported. Rounding to whole
+# batches makes differences below it.
 _SHARE = 0.02
 
 
@@ -37,10 +38,10 @@ def merge_gradients(collections: Sequence[Gradients]) -> Gradients:
 
 
 def merge_lines(collections: Sequence[Gradients], merged: Gradients) -> list[str]:
-    """What each collection brings, and what to know before what was merged is used; one fact a line."""
+    """Report of what each collection contributes, and of what to know before using the result; one fact a line."""
     lines = []
     for place, one in enumerate(collections, 1):
-        levels = ", ".join(f"{level:.4g} (mean length {_length(one, level):.3g})" for level in one.levels)
+        levels = ", ".join(f"{level:.4g} (root mean square length {one.rms_length(level):.3g})" for level in one.levels)
         counts = f"{len(one)} gradients and {len(one.response)} responses of seed {_listed(one.provenance.all_seeds)}"
         lines.append(f"{place}: {counts}, noise level {levels}")
     for (i, one), (j, other) in combinations(enumerate(collections, 1), 2):
@@ -66,11 +67,11 @@ def _both(first: Gradients, second: Gradients) -> Gradients:
             f"those of seed {_listed(first.provenance.all_seeds)}: leave one of the two out."
         )
     for level in set(first.levels) & set(second.levels):
-        lengths = _length(first, level), _length(second, level)
+        lengths = first.rms_length(level), second.rms_length(level)
         if max(lengths) > _SCALE * min(lengths) > 0:
             raise ElrondError(
-                f"These cannot be merged: at noise level {level:.4g} gradients of one have a mean length of "
-                f"{lengths[0]:.3g}, of the other {lengths[1]:.3g}; merge them before they are normalised."
+                f"These cannot be merged: at noise level {level:.4g} gradients of one have a root mean square "
+                f"length of {lengths[0]:.3g}, of the other {lengths[1]:.3g}; merge them before they are normalised."
             )
     offset = 1 + max(int(first.sources.max()), int(first.targets.max())) if len(first) else 0
     merged = replace(
@@ -89,17 +90,12 @@ def _both(first: Gradients, second: Gradients) -> Gradients:
 
 
 def _contents(gradients: Gradients) -> set[int]:
-    """Numbers that tell gradients apart; those of no length tell nothing."""
+    """A hash of each gradient that is not zero."""
     return {hash(row.tobytes()) for row in gradients.flat.float().numpy() if row.any()}
 
 
-def _length(gradients: Gradients, level: float) -> float:
-    """Root mean square length of the gradients of a level."""
-    return float(gradients.flat[gradients.sigma == level].double().square().sum(1).mean().sqrt())
-
-
 def _unequal(merged: Gradients) -> list[str]:
-    """A line where the levels of gradients and responses are not mixed alike, else none."""
+    """A line if noise levels have other shares of the probes than of the gradients."""
     if merged.response_sigma is None:
         return []
     shares = [

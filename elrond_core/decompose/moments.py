@@ -11,7 +11,7 @@ from ..errors import ElrondError
 from ..gradients import Gradients
 from ..provenance import Provenance
 
-# Vectors of which copies in float64 are made at a time.
+# Vectors that are copied to float64 at a time.
 BLOCK = 2048
 
 
@@ -137,10 +137,10 @@ def first_not_finite(vectors: torch.Tensor) -> int | None:
 
 
 def filled(whole: torch.Tensor, parts: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Parts one after another, as `torch.cat` puts them, in a tensor (N, …) that is there before them.
+    """Concatenate parts into a tensor (N, …) that was allocated before them.
 
-    Small parts of large blocks that were kept until the last one is made could lie in what the blocks before left free,
-    so that no other fits in there, and memory grows as if all blocks were kept.
+    `torch.cat` would keep all parts until the last one is made, among the large blocks that they are computed from:
+    heap fragmentation then makes memory grow as if all blocks were kept.
     """
     start = 0
     for part in parts:

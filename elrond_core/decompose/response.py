@@ -1,13 +1,14 @@
-"""Directions normalised by the model's response: natural variation per unit of the change that a movement causes.
+"""Directions by natural variation per change of the image: PCA relative to the pullback metric.
 
-Gradients are g = (2/n) Jᵀ(x̂0 - x_B), n the number of latent values and J the Jacobian of the estimate with respect
-to the concept's rows; responses are (2/n) Jᵀw with white noise w. So, over pairs and noise,
+Gradients are g = (2/n) Jᵀ(x̂0 - x_B), n the number of latent values and J the Jacobian of the estimate with respect to
+the concept's rows. Jacobian probes are (2/n) Jᵀw with white noise w. So, over pairs and noise,
 
-    C = cov(g) = (4/n²) Jᵀ Σ J    and    M = E[response responseᵀ] = (4/n²) JᵀJ,
+    C = cov(g) = (4/n²) Jᵀ Σ J    and    M = E[probe probeᵀ] = (4/n²) JᵀJ,
 
-Σ being the covariance of the differences between images. For C v = λ M v then λ = (Jv)ᵀ Σ (Jv) / |Jv|²: the variance
-of the images along the change that moving the rows by v causes. PCA of C instead weighs every change by how
-strongly the model answers to it, twice, and one loud factor leaks into all components.
+Σ being the covariance of the differences between images, and JᵀJ the pullback metric: the length of a step of the rows,
+measured by the change of the image. For C v = λ M v then λ = (Jv)ᵀ Σ (Jv) / |Jv|²: the variance of the images along the
+change that the step v causes. PCA of C instead weights each change by the square of the model's response to it, so that
+one loud factor leaks into all components.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ..provenance import Provenance
 from .moments import BLOCK, Moments, filled, first_not_finite
 from .pca import Spectrum, check_options, cut, descending
 
+# Ridges that are tried, as shares of the mean response: eight a decade.
 _RIDGES = torch.logspace(-6, 1, 57, dtype=torch.float64)
 _SAME = "All gradients or all responses are the same, so there is nothing to decompose."
 
@@ -39,25 +41,23 @@ def fit_response(
     rotate: bool = False,
     seed: int = 0,
 ) -> tuple[Directions, Spectrum]:
-    """Solve C v = λ (M + ridge · mean(diag M) · I) v; the steering directions are the v themselves.
+    """Solve C v = λ (M + ridge · mean(diag M) · I) v; the eigenvectors v are the steering directions.
 
-    v lives where the rows live: moving them by v changes the image by Jv, and the Jv of different v are the principal
-    components of the images within what the model can change. M v, the other candidate, lives where gradients live;
-    moving the rows by it changes the image by J Jᵀ(Jv), which mixes components again wherever the model answers
-    unevenly. The ridge is what makes v affordable: a movement that hardly changes anything would need a strength
-    beyond the linear regime. As the ridge grows the directions become those of PCA.
+    A step v of the rows changes the image by Jv, and the Jv of different v are the principal components of the images,
+    within what the model can change. The dual M v is a gradient, not a step: as a step it would change the image by
+    J Jᵀ(Jv), which mixes components wherever the response is uneven. Without a ridge, steps that hardly change the
+    image would need strengths beyond the linear regime. As the ridge grows, the directions become those of PCA.
 
-    Principal components of the images still mix factors of about equal variance, such as x and y. Factors vary
-    independently, which principal components do not ask for: a rotation does, by independent component analysis
-    (FastICA, Hyvärinen, 1999) of the gradients' coordinates along the components kept.
+    Principal components mix factors of about equal variance, such as x and y. Factors are independent: a rotation by
+    independent component analysis (FastICA, Hyvärinen, 1999) of the gradients' coordinates separates them.
 
     Args:
-        gradients: gradients with their response, collected at the same points.
+        gradients: gradients with Jacobian probes of the same points.
         significance: keep components of λ above this many units of latent variance. Models' latents are scaled to a
-            variance of about 1 a value, so that λ = 1 is what a single latent value varies by.
+            variance of about 1 a value, so that λ = 1 is the variance of a single latent value.
         limit: keep at most this many.
         ridge: as a share of the mean response; chosen by `affordable_ridge` if None.
-        rotate: turn the components kept so that they vary independently.
+        rotate: rotate the components that are kept to be independent.
         seed: fixes the rotation.
 
     Returns:
@@ -65,33 +65,32 @@ def fit_response(
         that each explains; and the spectrum of all λ, with the ridge.
 
     Raises:
-        ElrondError: if the response was not collected, there are fewer than two gradients or responses, one is not
-            finite, all gradients or responses are zero, or an option is out of range.
+        ElrondError: if there are no Jacobian probes, fewer than two gradients or probes, one is not finite, all
+            gradients or probes are zero, or an option is out of range.
     """
     check_options(significance, limit)
     parts = components(gradients, ridge)
-    size = len(parts.moves)
     spectrum = replace(
-        cut(parts.eigenvalues, significance, limit, len(gradients), size),
+        cut(parts.eigenvalues, significance, limit, len(gradients), len(parts.eigenvectors)),
         name="latent variance per unit of change",
         ridge=parts.ridge,
     )
-    moves, scores = parts.moves[:, : spectrum.kept], parts.eigenvalues[: spectrum.kept]
-    turned = rotate and spectrum.kept > 1
-    if turned:
+    steps, scores = parts.eigenvectors[:, : spectrum.kept], parts.eigenvalues[: spectrum.kept]
+    rotated = rotate and spectrum.kept > 1
+    if rotated:
         deviations = scores.sqrt()
-        values = torch.empty(len(gradients), spectrum.kept, dtype=torch.float64)
-        values = filled(values, (block.double() @ moves for block in gradients.flat.split(BLOCK)))
-        turn = _independent((values - values.mean(0)) / deviations, seed)
-        moves, scores = moves * deviations @ turn.T, turn.square() @ scores
+        coordinates = torch.empty(len(gradients), spectrum.kept, dtype=torch.float64)
+        coordinates = filled(coordinates, (block.double() @ steps for block in gradients.flat.split(BLOCK)))
+        rotation = _independent((coordinates - coordinates.mean(0)) / deviations, seed)
+        steps, scores = steps * deviations @ rotation.T, rotation.square() @ scores
         order = scores.argsort(descending=True)
-        moves, scores = moves[:, order], scores[order]
-    lengths = moves.norm(dim=0)
-    # A step δ changes the image by Jδ, and Jδ = Δ is solved by (2/n)(M + ridge)⁻¹ (2/n)JᵀΔ: in components, each with
-    # the deviation √λ, and in the images' units by the n that gradients were divided by.
-    size_of_latent = gradients.provenance.latent_values
-    reach = lengths * (1 if turned else scores.sqrt()) * 2 / size_of_latent if size_of_latent else torch.empty(0)
-    moves = (moves / lengths).T.reshape(-1, *gradients.vectors.shape[1:]).float()
+        steps, scores = steps[:, order], scores[order]
+    lengths = steps.norm(dim=0)
+    # A step δ changes the image by Jδ. The step for a change Δ is (2/n)(M + ridge)⁻¹ (2/n)JᵀΔ; its coordinates along
+    # the components have the standard deviations √λ, in units of the images' 2/n.
+    latent_values = gradients.provenance.latent_values
+    natural_std = lengths * (1 if rotated else scores.sqrt()) * 2 / latent_values if latent_values else torch.empty(0)
+    vectors = (steps / lengths).T.reshape(-1, *gradients.vectors.shape[1:]).float()
     method = {
         "name": "response",
         "significance": f"{significance:g}",
@@ -99,51 +98,52 @@ def fit_response(
         "limit": str(limit),
     }
     directions = Directions(
-        vectors=fix_signs(moves),
+        vectors=fix_signs(vectors),
         scores=scores.float(),
         method={**method, "rotated": str(rotate).lower()},
         provenance=gradients.provenance,
         score_name=spectrum.name,
-        reach=tuple(reach.tolist()),
+        natural_std=tuple(natural_std.tolist()),
     )
     return directions, spectrum
 
 
 @dataclass(frozen=True)
 class Components:
-    """The solved problem.
+    """Solution of C v = λ (M + ridge) v.
 
     Attributes:
         eigenvalues: float64, (P,): λ, descending, P = min(N, R·d).
-        moves: float64, (R·d, P): v as columns, scaled so that vᵀ(M + ridge)v = 1.
+        eigenvectors: float64, (R·d, P): v as columns, scaled so that vᵀ(M + ridge)v = 1.
         ridge: as a share of the mean response.
-        factor: float64, (R·d, R·d): lower triangle L with L Lᵀ = M + ridge.
+        cholesky: float64, (R·d, R·d): lower triangle L with L Lᵀ = M + ridge.
     """
 
     eigenvalues: torch.Tensor
-    moves: torch.Tensor
+    eigenvectors: torch.Tensor
     ridge: float
-    factor: torch.Tensor
+    cholesky: torch.Tensor
 
 
 def components(gradients: Gradients, ridge: float | None = None) -> Components:
     """All components of `fit_response`, which says what is refused."""
     if ridge is not None and not ridge > 0:
         raise ElrondError(f"The ridge must be above zero, got {ridge}.")
-    factor, ridge = _factor(gradients, ridge)
-    # Matrices this large are let go of as soon as they have been used.
-    white = torch.linalg.solve_triangular(factor, Moments.of(gradients).covariance(), upper=False)
-    if not white.any():
+    cholesky, ridge = _cholesky(gradients, ridge)
+    # `scipy.linalg.eigh(a, b)` solves the same problem with two more matrices of this size, and `words.py` needs the
+    # Cholesky factor. Each matrix is released as soon as it has been used.
+    whitened = torch.linalg.solve_triangular(cholesky, Moments.of(gradients).covariance(), upper=False)
+    if not whitened.any():
         raise ElrondError(_SAME)
-    white = torch.linalg.solve_triangular(factor, white.T, upper=False)
-    eigenvalues, vectors = descending(white)
-    count = min(len(gradients), len(white))
-    moves = torch.linalg.solve_triangular(factor.T, vectors[:, :count], upper=True)
-    return Components(eigenvalues[:count], moves, ridge, factor)
+    whitened = torch.linalg.solve_triangular(cholesky, whitened.T, upper=False)
+    eigenvalues, vectors = descending(whitened)
+    count = min(len(gradients), len(whitened))
+    eigenvectors = torch.linalg.solve_triangular(cholesky.T, vectors[:, :count], upper=True)
+    return Components(eigenvalues[:count], eigenvectors, ridge, cholesky)
 
 
-def _factor(gradients: Gradients, ridge: float | None) -> tuple[torch.Tensor, float]:
-    """`Components.factor`, and the ridge."""
+def _cholesky(gradients: Gradients, ridge: float | None) -> tuple[torch.Tensor, float]:
+    """`Components.cholesky`, and the ridge."""
     check_response(gradients)
     even, odd = halved(gradients.response)
     share_of_odd = (len(gradients.response) // 2) / len(gradients.response)
@@ -157,10 +157,10 @@ def _factor(gradients: Gradients, ridge: float | None) -> tuple[torch.Tensor, fl
 
 
 def check_response(gradients: Gradients) -> None:
-    """Refuse a response that nothing can be told from.
+    """Refuse Jacobian probes that give no metric.
 
     Raises:
-        ElrondError: if it was not collected, is of fewer than two points, or is not finite.
+        ElrondError: if they were not collected, are fewer than two, or are not finite.
     """
     if not len(gradients.response):
         raise ElrondError("These gradients came without the model's response; collect them again with it.")
@@ -172,10 +172,10 @@ def check_response(gradients: Gradients) -> None:
 
 
 def halved(response: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Second moments of either half of a response (M, …), M ≥ 2: of the first, third, … and of the second, fourth, ….
+    """Second moments of both halves of the probes (M, …), M ≥ 2: of the first, third, … and the second, fourth, ….
 
     Returns:
-        float64 (D, D) each, D being the values of one response.
+        float64 (D, D) each, D being the values of one probe.
     """
     return _second_moment(response[0::2].flatten(1)), _second_moment(response[1::2].flatten(1))
 
@@ -201,17 +201,17 @@ def _independent(white: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def affordable_ridge(even: torch.Tensor, odd: torch.Tensor, mean_response: float, provenance: Provenance) -> float:
-    """The ridge that leaves out what a token norm does not change.
+    """The ridge that removes directions which a step of one token norm cannot use.
 
-    A movement of one token norm that changes the image by less than one latent value's own variation could steer
-    nothing, so the ridge is the response of such a movement: 4 / (n² norm²) on the gradients' scale. Below the error
-    of the response itself (`choose_ridge`) it would only fit noise, and is not lowered further.
+    A step of one token norm that changes the image by less than the standard deviation of one latent value steers
+    nothing. The ridge is the squared response of such a step: 4 / (n² norm²) on the gradients' scale. It is not lower
+    than `choose_ridge`, below which noise would be fitted.
 
     Args:
-        even: float64 (D, D), of one half of the responses (`halved`).
+        even: float64 (D, D), second moment of one half of the probes (`halved`).
         odd: the same of the other half.
-        mean_response: mean square of all responses' values.
-        provenance: says n and the norm.
+        mean_response: mean square of all probes' values.
+        provenance: gives n and the norm.
 
     Returns:
         The ridge as a share of the mean response; `choose_ridge` alone where n or the norm is not known.
@@ -224,21 +224,25 @@ def affordable_ridge(even: torch.Tensor, odd: torch.Tensor, mean_response: float
 
 
 def choose_ridge(even: torch.Tensor, odd: torch.Tensor) -> float:
-    """The ridge under which responses held out are most likely.
+    """The ridge of highest cross-validated likelihood.
 
-    The second moment of either half of the responses, float64 (D, D) as from `halved`, with the ridge added, is the
-    covariance of a Gaussian under which the other half has a likelihood. Too small a ridge trusts directions in which
-    a half answers little by chance, too large a one forgets that the model answers unevenly.
+    The second moment of one half of the probes, with the ridge added, is the covariance of a Gaussian, under which the
+    other half has a likelihood. A small ridge trusts directions that one half hardly responds to by chance; a large one
+    ignores that the response is uneven.
+
+    Args:
+        even: float64 (D, D), as from `halved`.
+        odd: the same.
 
     Returns:
         The ridge as a share of the mean response.
     """
-    return float(_RIDGES[(_unlikelihoods(even, odd) + _unlikelihoods(odd, even)).argmin()])
+    return float(_RIDGES[(_negative_log_likelihoods(even, odd) + _negative_log_likelihoods(odd, even)).argmin()])
 
 
-def _unlikelihoods(known: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Twice the negative log-likelihood of a half given the other, up to a constant, under each of the ridges."""
+def _negative_log_likelihoods(known: torch.Tensor, held_out: torch.Tensor) -> torch.Tensor:
+    """Twice the negative log-likelihood of one half given the other, up to a constant, for each of the ridges."""
     values, vectors = descending(known)
-    spread = (other @ vectors).mul_(vectors).sum(0)
+    variances = (held_out @ vectors).mul_(vectors).sum(0)
     damped = values[:, None] + _RIDGES * values.mean().clamp_min(1e-300)
-    return (damped.log() + spread[:, None] / damped).sum(0)
+    return (damped.log() + variances[:, None] / damped).sum(0)

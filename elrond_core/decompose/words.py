@@ -1,9 +1,9 @@
-"""Directions between words: axes that the text encoder spells out, ranked by how much the images vary along them.
+"""Directions between words, such as small → large, ranked by how much the images vary along them.
 
-Which rotation of a set of components is the one whose axes people have words for cannot be told from the images alone
-(Locatello et al., 2019, "Challenging common assumptions in the unsupervised learning of disentangled
-representations"). Words put before the concept tell. Factor analysis calls it a target rotation (Browne, 2001), with
-the targets' places in the embedding in the place of loadings.
+Images alone cannot tell which rotation of a set of components has axes that people have words for (Locatello et al.,
+2019, "Challenging common assumptions in the unsupervised learning of disentangled representations"). Words before the
+concept can. Factor analysis calls this a target rotation (Browne, 2001); the targets are steps of the embedding here
+instead of loadings.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import torch
 from ..directions import Directions
 from ..errors import ElrondError
 from ..gradients import Gradients
-from ..steering.labels import word_moves
 from .pca import check_options
 from .response import components
 
-# Cosine of two words' moves, in the model's response, above which they do not oppose each other.
+# Largest cosine of two words' steps, under the pullback metric, at which the words count as opposites.
 _OPPOSED = -0.25
 
 
@@ -35,16 +34,16 @@ def fit_words(
 ) -> Directions:
     """Pair words up, each with an opposite, by how much the images vary along the axis between them.
 
-    For the move δ from one word to another, λ = δᵀCδ / (δᵀ(M + ridge)δ + 0.4/n²) is the variance of the images along
-    the change that δ causes (`elrond_core.decompose.response`), with a tenth of a unit of change added, so that two
-    words which hardly differ do not make a pair. Two words that say different things, such as green and small, span an
-    axis as well, but one that moves both; so only words whose own moves change the image in opposite ways make a pair
-    (cosine below -0.25 under M + ridge), and λ counts by (1 - cosine)/2. The pair of the largest becomes a direction;
-    its words and the variance it explains are taken away, and so on. What an axis shares with those before it thus
-    counts for nothing, while it still counts as change: a pair that also moves what a louder one moves comes late.
+    For the step δ from one word to another, λ = δᵀCδ / (δᵀ(M + ridge)δ + 0.4/n²) is the variance of the images along
+    the change that δ causes (`elrond_core.decompose.response`). The term 0.4/n² is a tenth of a unit of change, so that
+    two words which hardly differ are no pair. Words of different meaning, such as green and small, also span an axis,
+    but it changes both; so only opposites are paired (cosine of their steps below -0.25 under M + ridge), and λ is
+    weighted by (1 - cosine)/2. The pair of the largest becomes a direction. Its words, and the variance that it
+    explains, are removed, and the next is chosen. Variance that an axis shares with earlier ones does not count for it,
+    but the change does: a pair that also changes what a louder pair changes comes late.
 
     Args:
-        gradients: gradients with their response.
+        gradients: gradients with Jacobian probes.
         words: W words, W ≥ 2.
         bare: (R, d) the concept's rows without any of them.
         moved: (W, R, d) the concept's rows with each put before it.
@@ -54,7 +53,7 @@ def fit_words(
 
     Returns:
         Directions (K, R, d) of unit norm, K ≥ 1, from the word that comes first in the list to the other, with the
-        names "word → word", λ as scores, largest first, and their reach where the gradients tell it.
+        names "word → word", λ as scores, largest first, and natural_std where the gradients give it.
 
     Raises:
         ElrondError: as `fit_response` and `label`; or if no two words oppose each other, or the images do not vary
@@ -63,10 +62,10 @@ def fit_words(
     check_options(significance, limit)
     moves = word_moves(gradients.vectors.shape[1], gradients.vectors.shape[2], bare, moved)
     parts = components(gradients, ridge)
-    # Inner products of these are those of the moves under M + ridge, and their parts along the components are C's.
-    changes = moves @ parts.factor
+    # Inner products of `changes` are those of the words' steps under M + ridge; of `coordinates`, those under C.
+    changes = moves @ parts.cholesky
     change = changes @ changes.T
-    coordinates = changes @ parts.factor.T @ parts.moves
+    coordinates = changes @ parts.cholesky.T @ parts.eigenvectors
     variance = coordinates * parts.eigenvalues @ coordinates.T
     values = gradients.provenance.latent_values
     tenth_of_change = 0.4 / values**2 if values else 0.0
@@ -75,7 +74,7 @@ def fit_words(
     places = torch.combinations(torch.arange(len(words)))
     places = places[cosines[places[:, 0], places[:, 1]] < _OPPOSED]
     free = torch.ones(len(words), dtype=torch.bool)
-    # What rounding leaves of no variance is none.
+    # A smaller variance is a rounding error.
     least = 1e-9 * float(parts.eigenvalues[0])
     chosen: list[tuple[int, int]] = []
     scores: list[float] = []
@@ -108,12 +107,12 @@ def fit_words(
     steps = torch.stack([moves[b] - moves[a] for a, b in chosen])
     sizes = torch.stack([(changes[b] - changes[a]).norm() for a, b in chosen])
     lengths = steps.norm(dim=1)
-    found = torch.tensor(scores, dtype=torch.float64)
+    variances = torch.tensor(scores, dtype=torch.float64)
     # As in `fit_response`.
-    reach = (lengths / sizes * found.sqrt() * 2 / values).tolist() if values else ()
+    natural_std = (lengths / sizes * variances.sqrt() * 2 / values).tolist() if values else ()
     return Directions(
         vectors=(steps / lengths[:, None]).reshape(-1, *gradients.vectors.shape[1:]).float(),
-        scores=found.float(),
+        scores=variances.float(),
         method={
             "name": "words",
             "significance": f"{significance:g}",
@@ -124,8 +123,37 @@ def fit_words(
         provenance=gradients.provenance,
         names=tuple(f"{words[a]} → {words[b]}" for a, b in chosen),
         score_name="latent variance per unit of change",
-        reach=tuple(reach),
+        natural_std=tuple(natural_std),
     )
+
+
+def word_moves(rows: int, width: int, bare: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+    """The step of the concept's rows that each word causes, less the mean step of all words.
+
+    Args:
+        rows: 1, or the concept's R; with 1, a step is the mean over its rows.
+        width: d.
+        bare: (R, d) the concept's rows without any of them.
+        moved: (W, R, d) the concept's rows with each put before it.
+
+    Returns:
+        float64 (W, rows · d).
+
+    Raises:
+        ElrondError: if the shapes do not fit, or no word changes the rows.
+    """
+    if moved.shape[2] != width or bare.shape != moved.shape[1:] or rows not in (1, moved.shape[1]):
+        raise ElrondError(
+            f"The directions are {rows} rows of {width}, and this text encoder gives the concept "
+            f"{moved.shape[1]} of {moved.shape[2]}: use the text encoder they were made with."
+        )
+    moves = moved.double() - bare.double()
+    if rows == 1:
+        moves = moves.mean(1, keepdim=True)
+    moves = (moves - moves.mean(0)).flatten(1)
+    if not (moves.norm(dim=1) > 1e-9).any():
+        raise ElrondError("No word put before the concept changes its rows: this text encoder cannot name directions.")
+    return moves
 
 
 def _between(gram: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -140,7 +140,7 @@ def _points(gradients: Gradients, options: CorrelationOptions) -> torch.Tensor |
     if not len(gradients.response) or count < options.least_targets or groups.freedom < 1:
         return None
     most = max(1, groups.freedom // options.gradients_per_component)
-    eigenvectors = components(gradients).moves[:, :most]
+    eigenvectors = components(gradients).eigenvectors[:, :most]
     groups = groups.without_source_means()
     variance, chance = _variances(groups, eigenvectors)
     eigenvalues, axes = descending(variance)

@@ -8,7 +8,6 @@ the variance of either half, and the truth has none.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
@@ -107,17 +106,7 @@ def _halvings(owners: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
 def _agreement(gradients: Gradients, half: torch.Tensor, kept: int) -> float:
     """Mean corrected cosine between the leading spans of a half and of the rest."""
     one, other = (
-        orthonormal(fit_pca(_some(gradients, part), significance=0, limit=kept)[0].vectors) for part in (half, ~half)
+        orthonormal(fit_pca(gradients.select(part), significance=0, limit=kept)[0].vectors) for part in (half, ~half)
     )
     cosines = torch.linalg.svdvals(one @ other.T).clamp(max=1)
     return float((2 * cosines / (1 + cosines)).sum()) / kept
-
-
-def _some(gradients: Gradients, chosen: torch.Tensor) -> Gradients:
-    return replace(
-        gradients,
-        vectors=gradients.vectors[chosen],
-        sigma=gradients.sigma[chosen],
-        sources=gradients.sources[chosen],
-        targets=gradients.targets[chosen],
-    )

@@ -92,7 +92,7 @@ def merge(first: Directions, second: Directions) -> Directions:
         method={"name": "merge", "of": _name(first), "and": _name(second)},
         names=first.names + second.names,
         stars=first.stars + second.stars,
-        reach=first.reach + second.reach if first.reach and second.reach else (),
+        natural_std=first.natural_std + second.natural_std if first.natural_std and second.natural_std else (),
         densities=first.densities + second.densities if first.densities and second.densities else (),
     )
 
@@ -106,7 +106,7 @@ def subset(directions: Directions, indices: Sequence[int]) -> Directions:
         scores=directions.scores[chosen],
         names=tuple(directions.names[i] for i in chosen),
         stars=tuple(directions.stars[i] for i in chosen),
-        reach=tuple(directions.reach[i] for i in chosen) if directions.reach else (),
+        natural_std=tuple(directions.natural_std[i] for i in chosen) if directions.natural_std else (),
         densities=tuple(directions.densities[i] for i in chosen) if directions.densities else (),
     )
 
@@ -159,7 +159,7 @@ def orthogonalised(directions: Directions) -> Directions:
         vectors=torch.stack(basis).float().reshape(directions.vectors.shape),
         method={**directions.method, "orthogonalised": "yes"},
         # What is left of a direction reaches elsewhere, and is no latent.
-        reach=(),
+        natural_std=(),
         densities=(),
     )
 

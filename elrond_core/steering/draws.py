@@ -65,7 +65,7 @@ def draw_steps(
             parts in a mix scaled by its root (for explained variances: by how far the model itself varies them).
 
     Raises:
-        ElrondError: if a number is out of range, no direction weighs anything, or the reach or the densities of the
+        ElrondError: if a number is out of range, no direction weighs anything, or natural_std or the densities of the
             directions are needed and not known.
     """
     if how not in WAYS:
@@ -77,12 +77,12 @@ def draw_steps(
         raise ElrondError(f"The number of images must be at least 1, got {count}.")
     check_strengths(lowest, highest)
     if how == NATURAL:
-        if not directions.reach:
+        if not directions.natural_std:
             raise ElrondError(
-                "It is not known how far the model varies along these directions: take those of Fit Response, or draw "
-                "them in another way."
+                "It is not known how far the model varies along these directions: take those of Fit Response or "
+                "Fit Word Directions, or draw them in another way."
             )
-        scales = torch.tensor(directions.reach[:pool], dtype=torch.float64)
+        scales = torch.tensor(directions.natural_std[:pool], dtype=torch.float64)
     shares = _shares(directions, weigh)[:pool]
     usable = int((shares > 0).sum())
     if not usable:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..decompose.words import word_moves
 from ..directions import Directions
 from ..errors import ElrondError
 from ..prompt import occurrences
@@ -76,35 +77,6 @@ def put_before(prompt: str, concept: str, occurrence: int, word: str) -> str:
         raise ElrondError(f"The prompt {prompt!r} has no occurrence {occurrence + 1} of {concept!r}.")
     start = found[occurrence][0]
     return f"{prompt[:start]}{word} {prompt[start:]}"
-
-
-def word_moves(rows: int, width: int, bare: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
-    """How words move a concept, unlike the others: what all words have in common is subtracted.
-
-    Args:
-        rows: 1, or the concept's R; with 1, a move is the mean over its rows.
-        width: d.
-        bare: (R, d) the concept's rows without any of them.
-        moved: (W, R, d) the concept's rows with each put before it.
-
-    Returns:
-        float64 (W, rows · d).
-
-    Raises:
-        ElrondError: if the shapes do not fit, or no word changes the rows.
-    """
-    if moved.shape[2] != width or bare.shape != moved.shape[1:] or rows not in (1, moved.shape[1]):
-        raise ElrondError(
-            f"The directions are {rows} rows of {width}, and this text encoder gives the concept "
-            f"{moved.shape[1]} of {moved.shape[2]}: use the text encoder they were made with."
-        )
-    moves = moved.double() - bare.double()
-    if rows == 1:
-        moves = moves.mean(1, keepdim=True)
-    moves = (moves - moves.mean(0)).flatten(1)
-    if not (moves.norm(dim=1) > 1e-9).any():
-        raise ElrondError("No word put before the concept changes its rows: this text encoder cannot name directions.")
-    return moves
 
 
 def label(

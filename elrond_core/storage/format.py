@@ -133,7 +133,7 @@ def _directions_content(directions: Directions, name: str) -> bytes:
         "score_name": directions.score_name,
         "names": json.dumps(directions.names),
         "stars": json.dumps(directions.stars),
-        "reach": json.dumps(directions.reach),
+        "reach": json.dumps(directions.natural_std),
         "densities": json.dumps(directions.densities),
     }
     tensors = {"vectors": directions.vectors, "scores": directions.scores}
@@ -326,7 +326,7 @@ def _described(name: str, metadata: Metadata, count: int) -> dict[str, Any]:
         "score_name": metadata["score_name"],
         "names": tuple(names),
         "stars": tuple(stars),
-        "reach": tuple(map(float, reach)),
+        "natural_std": tuple(map(float, reach)),
         "densities": tuple(map(float, densities)),
     }
 

@@ -33,7 +33,7 @@ def directions(count: int = 4, rows: int = 2, width: int = 8, family: str = "Dem
 
 def numbered(count: int) -> Directions:
     numbers = tuple(i / 8 for i in range(count))
-    return replace(directions(count), reach=numbers, densities=numbers[::-1])
+    return replace(directions(count), natural_std=numbers, densities=numbers[::-1])
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,9 @@ def test_a_subset_keeps_what_belongs_together() -> None:
 
 def test_reach_and_densities_stay_with_their_directions() -> None:
     some = subset(numbered(4), [2, 0])
-    assert (some.reach, some.densities) == ((0.25, 0.0), (0.125, 0.375))
+    assert (some.natural_std, some.densities) == ((0.25, 0.0), (0.125, 0.375))
     both = merge(numbered(2), numbered(1))
-    assert (both.reach, both.densities) == ((0.0, 0.125, 0.0), (0.125, 0.0, 0.0))
+    assert (both.natural_std, both.densities) == ((0.0, 0.125, 0.0), (0.125, 0.0, 0.0))
     assert renamed(both, ["a"]).densities == both.densities
     # What is not known of all is known of none, and what makes other directions leaves nothing.
     for lost in (
@@ -98,10 +98,10 @@ def test_reach_and_densities_stay_with_their_directions() -> None:
         orthogonalised(numbered(2)),
         weighted_sum(numbered(2), [1.0, 2.0]),
     ):
-        assert lost.reach == lost.densities == ()
+        assert lost.natural_std == lost.densities == ()
 
 
-@pytest.mark.parametrize("name", ["reach", "densities"])
+@pytest.mark.parametrize("name", ["natural_std", "densities"])
 def test_numbers_are_one_a_direction_or_none(name: str) -> None:
     with pytest.raises(ElrondError, match=f"4 directions need as many numbers of {name}, or none"):
         replace(directions(), **{name: (0.5,)})

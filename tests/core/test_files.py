@@ -88,7 +88,7 @@ def test_directions_round_trip(tmp_path: Path) -> None:
 
 
 def test_what_is_not_known_of_directions_is_not_known_afterwards(tmp_path: Path) -> None:
-    unknown = replace(directions(), reach=(), densities=())
+    unknown = replace(directions(), natural_std=(), densities=())
     files.save_directions(unknown, tmp_path / "d")
     same(unknown, files.load_directions(tmp_path / "d"))
     rewritten(tmp_path / "d", reach=None, densities=None)
@@ -109,7 +109,7 @@ def test_gradients_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize("version", ["1", "2"])
 def test_golden_files_stay_readable(version: str) -> None:
     # The first files are from before directions had a reach and densities.
-    plain = replace(directions(), reach=(), densities=()) if version == "1" else directions()
+    plain = replace(directions(), natural_std=(), densities=()) if version == "1" else directions()
     same(plain, files.load_directions(GOLDEN / f"directions-{version}.safetensors", family="SDXL", width=4))
     same(gradients(), files.load_gradients(GOLDEN / f"gradients-{version}.safetensors"))
 
@@ -174,7 +174,7 @@ def test_what_a_file_says_of_itself(tmp_path: Path) -> None:
     [
         lambda g: g.at_levels([7.5]),
         lambda g: g.of_row(1),
-        lambda g: g.of_rows_alike(),
+        lambda g: g.summed_over_rows(),
         lambda g: g.normalised(),
         lambda g: replace(g, provenance=g.provenance.with_(rows=(), tokens=())),
     ],
@@ -218,8 +218,8 @@ def test_the_count_is_that_of_the_vectors(tmp_path: Path) -> None:
 def test_whole_numbers_may_stand_for_others(tmp_path: Path) -> None:
     rewritten(tmp_path / "d", reach="[1, 2, 3.5, 0]", densities="[0, 1, 0.5, 1]", sigma="[14]", token_norm="3")
     found = files.load_directions(tmp_path / "d")
-    assert (found.reach, found.densities) == ((1.0, 2.0, 3.5, 0.0), (0.0, 1.0, 0.5, 1.0))
-    assert all(type(number) is float for number in found.reach + found.densities + found.provenance.sigma)
+    assert (found.natural_std, found.densities) == ((1.0, 2.0, 3.5, 0.0), (0.0, 1.0, 0.5, 1.0))
+    assert all(type(number) is float for number in found.natural_std + found.densities + found.provenance.sigma)
 
 
 def test_metadata_of_others_does_not_replace_ours(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_what_could_not_be_read_is_not_written(kind: str, changes: dict, sentenc
         (replace(gradients(), sigma=torch.ones(4, 1)), "'sigma' of the wrong type or shape"),
         (replace(gradients(), response=gradients().response * torch.nan), "row 0 of response is not finite"),
         (replace(directions(), scores=torch.tensor([1, 1, 1, 1e300], dtype=torch.float64)), "row 3 of scores"),
-        (replace(directions(), reach=(1.0, 2.0, 3.0, -1.0)), "do not fit its 4 directions"),
+        (replace(directions(), natural_std=(1.0, 2.0, 3.0, -1.0)), "do not fit its 4 directions"),
     ],
 )
 def test_tensors_that_are_not_written(changed: Any, sentence: str, tmp_path: Path) -> None:

@@ -276,6 +276,18 @@ def test_noise_levels_take_turns(realizations: torch.Tensor) -> None:
     assert run(realizations, sigma=(0.7,)).response_sigma is None
 
 
+def test_selected_gradients_keep_what_belongs_to_them(realizations: torch.Tensor) -> None:
+    found = levels(realizations)
+    mask = found.sources == found.sources[0]
+    part = found.select(mask)
+    for name in ("vectors", "sigma", "sources", "targets"):
+        assert torch.equal(getattr(part, name), getattr(found, name)[mask])
+    assert torch.equal(part.response, found.response) and torch.equal(part.response_sigma, found.response_sigma)
+    assert (part.provenance.count, part.provenance.sigma) == (int(mask.sum()), tuple(part.sigma.unique().tolist()))
+    none = found.select(mask, torch.zeros(len(found.response), dtype=torch.bool))
+    assert len(none.response) == len(none.response_sigma) == 0 and len(none) == len(part)
+
+
 def test_levels_apart_and_together(realizations: torch.Tensor) -> None:
     found = levels(realizations)
     second = found.at_levels([found.levels[1]])
@@ -299,7 +311,7 @@ def test_levels_apart_and_together(realizations: torch.Tensor) -> None:
 def test_rows_by_themselves_and_all_alike(realizations: torch.Tensor) -> None:
     found, model, step = levels(realizations), Network(), 1e-4
     found = replace(found, provenance=found.provenance.with_(rows=(4, 5), tokens=("chiaro", "scuro")))
-    second, alike = found.of_row(1), found.of_rows_alike()
+    second, alike = found.of_row(1), found.summed_over_rows()
     assert torch.equal(second.vectors, found.vectors[:, 1:]) and torch.equal(second.response, found.response[:, 1:])
     assert (second.provenance.rows, second.provenance.tokens) == ((5,), ("scuro",))
     assert alike.provenance == found.provenance and alike.vectors.shape == (23, 1, WIDTH)

@@ -76,7 +76,7 @@ def long(factor: float) -> Gradients:
         (collection(2, family="Flux"), "the model family of one is 'SDXL', of the other 'Flux'"),
         (collection(2, latent_values=64), "the number of values in a latent of one is 0, of the other 64"),
         (replace(collection(2), vectors=torch.ones(6, 2, 4), response=torch.ones(3, 2, 4)), "1 x 8 values.* 2 x 4"),
-        (long(1e-3), "at noise level 14.61 gradients of one have a mean length of"),
+        (long(1e-3), "at noise level 14.61 gradients of one have a root mean square length of"),
         (long(1e3), "merge them before they are normalised"),
         (collection(1), "Of 6 gradients of seed 1, 6 are already among those of seed 1"),
         (said_to_be_of_seed(5, collection(1)), "Of 6 gradients of seed 5, 6 are already among those of seed 1"),
@@ -107,8 +107,9 @@ def test_the_report() -> None:
     length = float(one.flat.norm(dim=1).square().mean().sqrt())
     found = lines(one, other)
     assert len(found) == 3
-    assert found[0] == f"1: 6 gradients and 3 responses of seed 1, noise level 14.61 (mean length {length:.3g})"
-    assert found[1].startswith("2: 4 gradients and 3 responses of seed 2, noise level 7.5 (mean length ")
+    said = f"noise level 14.61 (root mean square length {length:.3g})"
+    assert found[0] == f"1: 6 gradients and 3 responses of seed 1, {said}"
+    assert found[1].startswith("2: 4 gradients and 3 responses of seed 2, noise level 7.5 (root mean square length ")
     assert found[2].startswith("The noise levels have other shares of the responses than of the gradients")
     assert len(lines(one, collection(2, level=7.5))) == 2
 

@@ -71,12 +71,12 @@ def test_each_direction_moves_one_factor(gradients: Gradients) -> None:
 def test_reach_is_that_of_the_steps_which_make_the_images(gradients: Gradients, rotate: bool) -> None:
     """Parts of that reach along the directions have the covariance of J⁺(images)."""
     directions, _ = fit_response(gradients, significance=0.25, ridge=1e-6, rotate=rotate)
-    parts = directions.vectors.flatten(1) * torch.tensor(directions.reach)[:, None]
+    parts = directions.vectors.flatten(1) * torch.tensor(directions.natural_std)[:, None]
     model = Linear()
     steps = model.realizations(1000) @ torch.linalg.pinv(model.jacobian).T
     torch.testing.assert_close(parts.T @ parts, steps.T.cov(), atol=0.15 * float(steps.var(0).max()), rtol=0)
     unknown = replace(gradients, provenance=gradients.provenance.with_(latent_values=0))
-    assert fit_response(unknown, ridge=1e-6)[0].reach == ()
+    assert fit_response(unknown, ridge=1e-6)[0].natural_std == ()
 
 
 def test_scores_are_latent_variances(gradients: Gradients) -> None:

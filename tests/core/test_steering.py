@@ -74,8 +74,8 @@ def test_one_sign() -> None:
 def test_natural_steps_have_the_variety_of_the_model() -> None:
     """Directions aslant of each other: the steps' covariance is that of independent parts of the given reach."""
     slanted = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.5, 2.0]]), dim=1)
-    set_ = replace(directions([1.0] * 3), vectors=slanted[:, None], reach=(3.0, 1.0, 0.5))
-    wanted = slanted.T @ torch.diag(torch.tensor(set_.reach) ** 2) @ slanted
+    set_ = replace(directions([1.0] * 3), vectors=slanted[:, None], natural_std=(3.0, 1.0, 0.5))
+    wanted = slanted.T @ torch.diag(torch.tensor(set_.natural_std) ** 2) @ slanted
     torch.testing.assert_close(drawn(set_, 1024, how="natural").T.cov(), wanted, atol=0.1, rtol=0.02)
     half = drawn(set_, 64, how="natural", lowest=0.5, highest=0.5)
     torch.testing.assert_close(half, 0.5 * drawn(set_, 64, how="natural"))
@@ -100,7 +100,7 @@ def test_the_parts_of_a_draw_add_up_to_it() -> None:
     [
         ({"lowest": 1.0, "highest": 0.5}, "lowest strength 1.0 is above the highest 0.5"),
         ({"lowest": -1.0}, "at least 0"),
-        ({"how": "natural"}, "take those of Fit Response"),
+        ({"how": "natural"}, "take those of Fit Response or Fit Word Directions"),
         ({"how": "even"}, "random, spread, natural, not 'even'"),
         ({"highest": float("nan")}, "finite"),
         ({"mix": 3, "leading": 2}, "mix 1 to 2 of these directions, not 3"),

@@ -67,11 +67,11 @@ def test_opposites_are_paired_and_ranked_by_how_much_the_images_vary() -> None:
 def test_reach_is_the_step_that_varies_the_image_as_the_images_vary() -> None:
     found = fit_words(gradients(), ORDER, *rows(ORDER), ridge=1e-6)
     change = (JACOBIAN @ found.vectors[:, 0].double().T).norm(dim=0)
-    made = torch.tensor(found.reach, dtype=torch.float64) * change
+    made = torch.tensor(found.natural_std, dtype=torch.float64) * change
     torch.testing.assert_close(made, (VARIANCES * 4 / 4.1).sqrt(), rtol=0.1, atol=0)
     unknown = gradients()
     unknown = replace(unknown, provenance=unknown.provenance.with_(latent_values=0))
-    assert fit_words(unknown, ORDER, *rows(ORDER)).reach == ()
+    assert fit_words(unknown, ORDER, *rows(ORDER)).natural_std == ()
 
 
 def test_a_pair_that_also_moves_a_louder_factor_comes_late() -> None:

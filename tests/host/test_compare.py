@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -126,3 +127,15 @@ def test_merge_refuses_another_concept_and_what_is_normalised(nodes: dict[str, A
     normalised = nodes["ElrondSelectGradients"].execute(other, 0, True).args[0]
     with pytest.raises(ElrondError, match="merge them before they are normalised"):
         run(one, normalised)
+
+
+def test_a_length_is_called_the_same_by_every_report(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
+    one, other = collect(nodes, teacher, 1), collect(nodes, teacher, 2)
+    expected = f"{float(one.flat.double().square().sum(1).mean().sqrt()):.3g}"
+    reports = (
+        nodes["ElrondSelectGradients"].execute(one, 0, False).args[1],
+        nodes["ElrondMergeGradients"].execute(one, other).args[1],
+    )
+    for report in reports:
+        lengths = re.findall(r"([a-z ]*length) ([-+.e0-9]+)", report)
+        assert lengths[0] == (lengths[0][0], expected) and lengths[0][0].endswith("root mean square length")

@@ -237,7 +237,7 @@ def test_directions_between_words_are_kept_and_steer(
 
     saved = nodes["ElrondSaveDirections"].execute(found, "words", True).args[1]
     loaded = nodes["ElrondLoadDirections"].execute(saved).args[0]
-    assert loaded.names == found.names and loaded.reach == found.reach
+    assert loaded.names == found.names and loaded.natural_std == found.natural_std
     torch.testing.assert_close(loaded.vectors, found.vectors)
 
     row, plain = teacher.positive[0][1][host.MARK].concepts[0].rows[0], teacher.positive[0][0][0]

@@ -203,7 +203,7 @@ def test_prompts_with_regions_of_their_own_are_diversified_one_by_one(
 def test_the_report_makes_an_image_of_a_batch_again(
     nodes: dict[str, Any], teacher: SimpleNamespace, how: str, mix: int
 ) -> None:
-    known = replace(directions(), reach=(3.0, 2.0, 1.0), names=("", "round", ""))
+    known = replace(directions(), natural_std=(3.0, 2.0, 1.0), names=("", "round", ""))
     run = nodes["ElrondDiversify"].execute
     batch, report = run(
         teacher.positive, known, 3, 5, 0.3, 0.6, "token norms", mix, 0, True, 0.0, 1.0, "", how=how

@@ -239,8 +239,9 @@ def build(family: Family, stored: torch.dtype, small: bool) -> tuple[Any, int]:
     config.set_inference_dtype(stored, torch.bfloat16 if stored is not torch.bfloat16 else None)
     model = config.get_model({}, device=DEVICE).eval()
     generator = torch.Generator(DEVICE).manual_seed(0)
-    for name, weight in model.diffusion_model.named_parameters():
-        weight.requires_grad_(False)
+    model.requires_grad_(False)
+    # Positions of some families are buffers that a checkpoint fills.
+    for name, weight in model.diffusion_model.state_dict().items():
         if weight.ndim > 1:
             mean, deviation = 0.0, weight[0].numel() ** -0.5
         else:

@@ -165,7 +165,16 @@ class CollectGradients(io.ComfyNode):
         check_guidance(cfg, negative is not None)
         sufficient = Sufficient(target_quality, count) if target_quality else None
         _check_features(vae is not None, clip_vision is not None)
-        _, marked = host.marked(positive)
+        sigma = [host.sigma_of(model, level) for level in [noise_level, *_levels(more_levels)]]
+        if len(set(sigma)) < len(sigma):
+            raise ElrondError("Each noise level can be named once only: change noise_level or more_levels.")
+        prompts = [host.marked_at(model, positive, level) for level in sigma]
+        marked = prompts[0]
+        if any(len(prompt.concepts[0].rows) != len(marked.concepts[0].rows) for prompt in prompts):
+            raise ElrondError(
+                "The prompt changes between these noise levels, and with it the number of the concept's tokens: "
+                "collect at one level at a time."
+            )
         concept = marked.concepts[0]
         if remove_common and not set(marked.words) - set(concept.rows):
             raise ElrondError("The prompt has no words beside the concept: switch remove_common off, or add some.")
@@ -177,9 +186,6 @@ class CollectGradients(io.ComfyNode):
             rows=concept.rows,
             host=host.HOST,
         )
-        sigma = [host.sigma_of(model, level) for level in [noise_level, *_levels(more_levels)]]
-        if len(set(sigma)) < len(sigma):
-            raise ElrondError("Each noise level can be named once only: change noise_level or more_levels.")
         guidance = cfg if negative is not None else 1.0
         # Everything that a batch depends on, if only in the last bit, as it does on the batch size.
         settings = (
@@ -199,6 +205,8 @@ class CollectGradients(io.ComfyNode):
         update = host.progress(count, model)
 
         def work(denoiser: host.HostDenoiser, latents: Any) -> Gradients:
+            # How many other rows there are depends on the prompt that acts at a level.
+            denoiser.rows_at(sigma[0])
             plan = CollectionPlan(
                 count=count,
                 sigma=tuple(sigma),

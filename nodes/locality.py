@@ -80,14 +80,15 @@ class ConceptMask(io.ComfyNode):
         concept: str,
     ) -> io.NodeOutput:
         """Look under the host's model management."""
-        _, prompt = host.marked(positive)
+        sigma = host.sigma_of(model, noise_level)
+        prompt = host.marked_at(model, positive, sigma)
         concepts = list(prompt.concepts)
         concepts.insert(0, concepts.pop(prompt.index_of(concept)))
         latents = samples["samples"]
-        sigma = host.sigma_of(model, noise_level)
         update = host.progress(len(latents))
 
         def work(denoiser: host.HostDenoiser, scaled: torch.Tensor) -> torch.Tensor:
+            denoiser.rows_at(sigma)
             places = [[denoiser.order.index(row) for row in c.rows] for c in concepts]
             return answer_maps(denoiser, scaled, sigma, seed, places, draws, batch_size, update)
 

@@ -152,6 +152,10 @@ class _Run:
         self._inputs = tree_map_only(torch.Tensor, owner.saved.pack, (args, kwargs))
         on_device = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.is_cuda]
         self._random = torch.get_rng_state(), *get_device_states(*on_device)
+        # Hooks may give the block other weights for a later run.
+        block = getattr(forward, "__self__", None)
+        modules = block.modules() if isinstance(block, torch.nn.Module) else ()
+        self._weights = [(part, dict(part._parameters)) for part in modules if part._parameters]
         self._count = 0
         self.again: dict[int, _Saved] = {}
 
@@ -179,6 +183,7 @@ class _Run:
 
         cpu, devices, states = self._random
         with (
+            _weights_as_they_were(self._weights),
             torch.enable_grad(),
             torch.random.fork_rng(devices),
             torch.autograd.graph.saved_tensors_hooks(keep, _unused),
@@ -191,6 +196,18 @@ class _Run:
         if len(again) != self._count:
             raise RuntimeError(f"A block saved {self._count} tensors, and {len(again)} when it ran again.")
         self.again = dict(enumerate(again))
+
+
+@contextlib.contextmanager
+def _weights_as_they_were(weights: list[tuple[torch.nn.Module, dict[str, Any]]]) -> Iterator[None]:
+    now = [(part, dict(part._parameters)) for part, _ in weights]
+    for part, before in weights:
+        part._parameters.update(before)
+    try:
+        yield
+    finally:
+        for part, given in now:
+            part._parameters.update(given)
 
 
 class Checkpointing:

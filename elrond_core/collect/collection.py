@@ -118,7 +118,7 @@ def collect(
     pairs = draw_pairs(plan.count, len(realizations), plan.seed, plan.targets)
     references = realizations if references is None else references
     differentiate = Differentiator(denoiser)
-    results = _Results.empty(plan, denoiser.rows)
+    results = _Results.empty(plan, denoiser.rows_at(plan.sigma[0]))
 
     def first(count: int) -> Gradients:
         return results.first(count, pairs, provenance.with_(latent_values=references[0].numel()))

@@ -14,9 +14,11 @@ from ..errors import ElrondError
 class Denoiser(Protocol):
     """The model as the core sees it: one conditioning, whose concept rows can be replaced."""
 
-    @property
-    def rows(self) -> torch.Tensor:
-        """The rows to differentiate, as encoded, float32, (R, d): the concept's, then others of the prompt if any."""
+    def rows_at(self, sigma: float) -> torch.Tensor:
+        """The rows to differentiate at noise level `sigma`, as encoded, float32, (R, d).
+
+        First the concept's, then others of the prompt if any. A prompt may have other rows at other levels.
+        """
 
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:
         """Equation 1: latents at noise level `sigma`, all (B, …)."""
@@ -52,7 +54,8 @@ def gradient(
         (T, B, R, d) for T targets; and 2/n·Jᵀ·probe (B, R, d), or (P, B, R, d), n the number of latent values, on the
         same scale.
     """
-    rows = denoiser.rows.expand(len(source), *denoiser.rows.shape).clone().requires_grad_(True)
+    encoded = denoiser.rows_at(sigma)
+    rows = encoded.expand(len(source), *encoded.shape).clone().requires_grad_(True)
     noisy = denoiser.noised(source, noise, sigma)
     with torch.enable_grad():
         estimate = denoiser.denoised(noisy, sigma, rows)

@@ -52,10 +52,11 @@ def answer_maps(
         for draw in range(draws):
             noise = normal(tuple(latents.shape[1:]), seed, f"region noise {draw}", some.tolist())
             noisy = denoiser.noised(latents[some], noise, sigma)
-            rows = denoiser.rows.expand(len(some), *denoiser.rows.shape)
+            encoded = denoiser.rows_at(sigma)
+            rows = encoded.expand(len(some), *encoded.shape)
             still = denoiser.denoised(noisy, sigma, rows)
             for k, places in enumerate(concepts):
-                own = denoiser.rows[list(places)]
+                own = encoded[list(places)]
                 step = normal(tuple(own.shape), seed, f"region step {draw}", some.tolist())
                 step = step * own.norm() / step.flatten(1).norm(dim=1)[:, None, None]
                 moved = rows.index_add(1, torch.tensor(places), step)

@@ -68,6 +68,8 @@ class _Fingerprint:
 
     def _parts(self, value: Any) -> list[bytes]:
         match value:
+            case torch.Tensor() if value.is_meta:
+                raise NoFingerprintError("weight that is described only has no content that could be compared.")
             case torch.Tensor() if type(value) in (torch.Tensor, torch.nn.Parameter):
                 return [f"{value.dtype} {tuple(value.shape)} {digest(value)}".encode()]
             case torch.Tensor():

@@ -17,6 +17,7 @@ from .sampling import (
     sigma_of,
     stop_if_cancelled,
 )
+from .schedule import marked_at
 from .text import dropped_rows, encode, family_of, pieces_of
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "make_folders",
     "mark",
     "marked",
+    "marked_at",
     "open_shards",
     "output_folder",
     "pieces_of",

@@ -20,18 +20,29 @@ from ...elrond_core.collect.checkpointing import Checkpointing, Footprint, Saved
 from ...elrond_core.errors import ElrondError
 from .conditioning import MARK, Conditioning, check_one_image, marked
 from .gradient_patches import (
+    NormalTensors,
     differentiable,
     differentiable_attention,
     exact,
     frozen,
+    has_own_class,
     normal_clone,
     normal_conditioning,
     normal_copies,
+    refuse_opaque,
 )
 from .kernels import plain_kernels
+from .patch_state import PatchState, seeded, without_caches
 from .sampling import own_latents, sigma_of
+from .schedule import Keyframes, acting
 
 Result = TypeVar("Result")
+
+# What torch says of operations that cannot take part in a backward pass.
+_NO_DERIVATIVE = (
+    "derivative for|autograd formula|implement either the backward|[Ii]nference tensor|"
+    "functions don't support automatic differentiation"
+)
 
 
 class HostDenoiser:
@@ -45,19 +56,13 @@ class HostDenoiser:
         self._seed = seed
         # What the host's sampler tells the model about the latents beside the noisy ones.
         self._about = {"latent_image": latents, "denoise_mask": None, "seed": seed, "latent_shapes": [latents.shape]}
-        entry = next(entry for entry in guider.conds["positive"] if MARK in entry)
-        self._entry = entry
-        self._encoded: torch.Tensor = entry["cross_attn"]
-        own = entry[MARK].concepts[0].rows
-        others = tuple(row for row in entry[MARK].words if row not in own) if words else ()
-        # Where in the conditioning the rows are.
-        self.order = own + others
-        self._index = torch.tensor(self.order)
-        # How many of the last rows are not the concept's.
-        self.others = len(others)
+        self._marked = [entry for entry in guider.conds["positive"] if MARK in entry]
+        self._words = words
+        self._choose(self._marked[0])
+        self._keyframes = Keyframes(guider.model_patcher, guider.conds)
+        self._patches = PatchState(model_options)
         # The first clean estimate of the latest call.
         self.latest: torch.Tensor | None = None
-        self.rows: torch.Tensor = self._encoded[0, self._index].float().cpu().clone()
         self.checkpointing = Checkpointing(blocks_of(guider.inner_model.diffusion_model), SavedTensors())
         # Whether activations are computed again instead of kept.
         self.recomputes = False
@@ -70,6 +75,26 @@ class HostDenoiser:
         self.module = torch.nn.ModuleList(patcher.model for patcher in self.patchers)
         self.device = guider.model_patcher.load_device
         self.process_out: Callable[[torch.Tensor], torch.Tensor] = guider.inner_model.process_latent_out
+
+    def _choose(self, entry: dict[str, Any]) -> None:
+        """Let an entry be the one that is differentiated."""
+        self._entry = entry
+        self._encoded: torch.Tensor = entry["cross_attn"]
+        own = entry[MARK].concepts[0].rows
+        others = tuple(row for row in entry[MARK].words if row not in own) if self._words else ()
+        # Where in the conditioning the rows are.
+        self.order = own + others
+        self._index = torch.tensor(self.order)
+        # How many of the last rows are not the concept's.
+        self.others = len(others)
+        self.rows: torch.Tensor = self._encoded[0, self._index].float().cpu().clone()
+
+    def rows_at(self, sigma: float) -> torch.Tensor:
+        """The rows of the marked entry that acts at a noise level, which is differentiated from now on."""
+        entry = acting(self._guider.inner_model.model_sampling, self._marked, sigma)
+        if entry is not self._entry:
+            self._choose(entry)
+        return self.rows
 
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:
         """Equation 1, by the model's own noise schedule."""
@@ -127,6 +152,8 @@ class HostDenoiser:
         self.recomputes = self.recomputes or manager.get_free_memory(noisy.device) < kept
 
     def _denoised(self, noisy: torch.Tensor, sigma: float, rows: torch.Tensor) -> torch.Tensor:
+        self.rows_at(sigma)
+        self._keyframes.hold(sigma)
         encoded = self._encoded[:1].to(rows).expand(len(rows), -1, -1)
         encoded = encoded.index_copy(1, self._index.to(rows.device), rows)
         entry = {**self._entry, "cross_attn": encoded}
@@ -138,7 +165,9 @@ class HostDenoiser:
         self._guider.conds = {**before, "positive": [self._replaced(e, entry) for e in before["positive"]]}
         try:
             level = torch.full((len(noisy),), sigma, device=noisy.device)
-            return self._guider(noisy, level, model_options=self._options, seed=self._seed)
+            with seeded(self._seed, noisy.device), self._patches.fresh():
+                estimate = self._guider(noisy, level, model_options=self._options, seed=self._seed)
+            return estimate.as_subclass(torch.Tensor) if has_own_class(estimate) else estimate
         finally:
             self._guider.conds = before
 
@@ -186,7 +215,7 @@ class _Visit(comfy.samplers.Sampler):
             try:
                 self.result = self._run(denoiser, model_wrap.inner_model.process_latent_in(self.latents))
             except (RuntimeError, NotImplementedError) as error:
-                if not re.search(r"derivative for|autograd formula|implement either the backward", str(error)):
+                if not re.search(_NO_DERIVATIVE, str(error)):
                     raise
                 reason = str(error).splitlines()[0].rstrip(".")
                 name = model_name(model_wrap.inner_model)
@@ -197,15 +226,19 @@ class _Visit(comfy.samplers.Sampler):
         # An operation that saves its input, into which the model then writes, would be held by its own output, and
         # nothing would ever free the two. What the hooks keep has no history.
         saved = denoiser.checkpointing.saved
-        with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-            try:
-                return self.work(denoiser, latents)
-            except RuntimeError as error:
-                if "modified by an inplace operation" not in str(error):
-                    raise
-            # Flux and its kin add to their hidden states in place. Only they pay for the remedy.
-            with saved:
-                return self.work(denoiser, latents)
+        # Only models that need a remedy pay for it: Flux and its kin add to their hidden states in place, and patches
+        # may hold what nodes made in inference mode.
+        remedies = {"modified by an inplace operation": saved, "Inference tensors cannot be saved": NormalTensors()}
+        with contextlib.ExitStack() as active:
+            active.enter_context(torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack))
+            while True:
+                try:
+                    return self.work(denoiser, latents)
+                except RuntimeError as error:
+                    needed = next((says for says in remedies if says in str(error)), None)
+                    if needed is None:
+                        raise
+                active.enter_context(remedies.pop(needed))
 
 
 @contextlib.contextmanager
@@ -253,7 +286,8 @@ def visit(
     """
     marked(positive)
     check_one_image(positive)
-    with differentiable(), plain_kernels():
+    refuse_opaque(model.model)
+    with differentiable(), plain_kernels(), without_caches(model):
         latents = own_latents(model, latents)
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(normal_clone(positive), normal_clone(negative if negative is not None else positive))

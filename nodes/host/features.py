@@ -30,7 +30,7 @@ class FeatureDenoiser:
         self._denoiser = denoiser
         self._vae = vae
         self._encoder = encoder
-        self.rows = denoiser.rows
+        self.rows_at = denoiser.rows_at
         self.noised = denoiser.noised
         self.spare = denoiser.spare
 

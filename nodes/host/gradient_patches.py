@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,8 +18,14 @@ import comfy.cli_args
 import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.ops
+import comfy.quant_ops
+import comfy.utils
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from ...elrond_core.errors import ElrondError
 from .conditioning import Conditioning
 
 # Other kernels return values without a graph, and the gradient through them would silently be lost.
@@ -65,6 +72,8 @@ def differentiable() -> Iterator[None]:
         undo.enter_context(replaced_attribute(comfy.cli_args.args, "disable_comfy_compiler", True))
         lasting = functools.partial(_lasting, comfy.ops.cast_bias_weight)
         undo.enter_context(replaced_attribute(comfy.ops, "cast_bias_weight", lasting))
+        # Hooks give the model other weights from one pass to the next; the backward pass needs those of each.
+        undo.enter_context(replaced_attribute(comfy.utils, "copy_to_param", comfy.utils.set_attr_param))
         kernel = attention.optimized_attention
         if getattr(kernel, "__name__", "") not in _DIFFERENTIABLE:
             # Some models do not ask for overrides.
@@ -76,16 +85,41 @@ def differentiable() -> Iterator[None]:
 
 
 def _lasting(cast: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """The host's `cast_bias_weight`; what it lends from another device's weights stays as it is for a backward pass."""
+    """The host's `cast_bias_weight`; what it lends from another device's weights stays as it is for a backward pass.
+
+    Weights of a loader's own class are handed on as plain tensors, or every hidden state would become one of its kind.
+    """
     weight, bias, *rest = cast(layer, *args, **kwargs)
 
     def kept(lent: Any, stored: Any) -> Any:
+        if lent is not None and has_own_class(lent):
+            lent = lent.as_subclass(torch.Tensor)
         plain = type(lent) in (torch.Tensor, torch.nn.Parameter)
         return lent.clone() if plain and lent.device != stored.device else lent
 
+    if _multiplies_in_few_bits(layer, weight):
+        weight = weight.dequantize()
     if torch.is_grad_enabled():
         weight, bias = kept(weight, layer.weight), kept(bias, layer.bias)
     return weight, bias, *rest
+
+
+def _multiplies_in_few_bits(layer: Any, weight: Any) -> bool:
+    """Whether a layer quantises its input to multiply it with this weight, as those of INT8 files do."""
+    formats = getattr(comfy.quant_ops, "QUANT_ALGOS", {})
+    # Other formats take an input that is not quantised for the wish to multiply in full precision.
+    quantises = not formats.get(getattr(layer, "quant_format", None), {}).get("quantize_input", True)
+    return quantises and weight.ndim == 2 and hasattr(weight, "dequantize") and has_parts(weight)
+
+
+def has_parts(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is made of others, as quantised weights of the host are, and has no memory of its own."""
+    return hasattr(tensor, "__tensor_flatten__")
+
+
+def has_own_class(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's class is a loader's, which may answer `clone`, `detach` and `shape` in its own way."""
+    return type(tensor) not in (torch.Tensor, torch.nn.Parameter) and not has_parts(tensor)
 
 
 @contextlib.contextmanager
@@ -129,10 +163,18 @@ def normal_copies(module: torch.nn.Module) -> None:
         lent = ("weight", "bias") if hasattr(part, "_v") else ()
         for name, parameter in part._parameters.items():
             if parameter is not None and _of_inference(parameter) and name not in lent:
-                part._parameters[name] = torch.nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                part._parameters[name] = _normal_parameter(parameter)
         for name, buffer in part._buffers.items():
             if buffer is not None and _of_inference(buffer):
                 part._buffers[name] = buffer.clone()
+
+
+def _normal_parameter(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    if not has_own_class(parameter):
+        return torch.nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+    copy = parameter.as_subclass(torch.Tensor).detach().clone().as_subclass(type(parameter))
+    vars(copy).update(vars(parameter))
+    return copy
 
 
 def _of_inference(weight: torch.Tensor) -> bool:
@@ -146,6 +188,53 @@ def _of_inference(weight: torch.Tensor) -> bool:
         return weight._version < 0
     except RuntimeError:
         return True
+
+
+class NormalTensors(TorchFunctionMode):
+    """Gives operations that a backward pass goes through normal copies of inference tensors.
+
+    Nodes run in inference mode, and patches may hold what they make there in any way: masks, images, small networks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._copies = WeakTensorKeyDictionary()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_grad_enabled():
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            if any(tensor.requires_grad for tensor in tensors) and any(map(_of_inference, tensors)):
+                args, kwargs = tree_map_only(torch.Tensor, self._normal, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _normal(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not _of_inference(tensor):
+            return tensor
+        if tensor not in self._copies:
+            self._copies[tensor] = tensor.clone()
+        copy: torch.Tensor = self._copies[tensor]
+        return copy
+
+
+# Layers that are known to compute outside of PyTorch: what their packs are called.
+_OPAQUE = re.compile(r"(?:^|\W)nunchaku\.")
+
+
+def refuse_opaque(module: torch.nn.Module) -> None:
+    """Refuse a model whose layers compute where no derivative can be had.
+
+    Raises:
+        ElrondError: naming the layers' class.
+    """
+    for part in module.modules():
+        if _OPAQUE.search(f"{type(part).__module__}."):
+            raise ElrondError(
+                f"Weights quantised for Nunchaku (SVDQuant, {type(part).__name__}) have no derivative: load this model "
+                "from another file, such as fp8 or GGUF."
+            )
 
 
 @contextlib.contextmanager

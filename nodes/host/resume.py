@@ -31,15 +31,21 @@ HOST = f"ComfyUI {_version}"
 def open_shards(model: Any, *values: Any) -> Shards | None:
     """The kept batches of the work that a MODEL and everything else that determines it make, in the output folder.
 
-    Patches that nodes of other packs make may have no content that could be compared; then nothing is kept, and the
-    log says so.
+    Patches and weights that nodes of other packs make may have no content that could be compared; then nothing is
+    kept, and the log says so.
     """
     attention = comfy.ldm.modules.attention.optimized_attention
     about = (__version__, HOST, torch.__version__, comfy.model_management.get_torch_device_name(model.load_device))
+    name = None
     try:
         name = fingerprint(about, attention, model, values, content=_content)
     except NoFingerprintError as error:
-        logging.warning(f"ELROND: this work cannot be continued after an interruption, since a {error}")
+        reason = f"a {error}"
+    # Reading weights runs code of the pack that made them, which may raise anything.
+    except Exception as error:
+        reason = f"its model cannot be read: {type(error).__name__}: {error}"
+    if name is None:
+        logging.warning(f"ELROND: this work cannot be continued after an interruption, since {reason}")
         return None
     root = output_folder() / "collections"
     prune(root, name)
@@ -95,7 +101,7 @@ def _content(value: Any) -> Any:
         return value.patcher, value.dtype, value.image_size, value.image_mean, value.image_std
     if not isinstance(value, comfy.model_patcher.ModelPatcher):
         return value
-    weights = dict(value.model.state_dict())
+    weights = _weights(value.model)
     for key, backup in value.backup.items():
         weights[key] = backup.weight.detach()
     for key, backup in value.hook_backup.items():
@@ -110,8 +116,28 @@ def _content(value: Any) -> Any:
     config = getattr(value.model, "model_config", None)
     return {
         "class": type(value.model),
-        "weights": dict(sorted(weights.items())),
+        "weights": {key: _unpatched(weight) for key, weight in sorted(weights.items())},
         "config": (getattr(config, "unet_config", None), getattr(config, "sampling_settings", None)),
         "dtype": (value.model_dtype(), getattr(value.model, "manual_cast_dtype", None)),
         "patches": {name: getattr(value, name, None) for name in _PATCHES},
     }
+
+
+def _weights(model: torch.nn.Module) -> dict[str, Any]:
+    """The state dict of a model, with the weights themselves where it holds descriptions of them, as GGUF layers do."""
+    held, modules = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_modules())
+    weights = {}
+    for key, weight in model.state_dict().items():
+        described = torch.is_tensor(weight) and weight.is_meta
+        # The description of a weight that no layer has is an estimate of memory.
+        if not described or key.rpartition(".")[0] in modules:
+            weights[key] = held.get(key, weight) if described else weight
+    return weights
+
+
+def _unpatched(weight: Any) -> Any:
+    """What a weight of a loader's own class holds, apart from the patches that it carries while they are applied."""
+    if type(weight) in (torch.Tensor, torch.nn.Parameter) or hasattr(weight, "__tensor_flatten__"):
+        return weight
+    own = {name: value for name, value in getattr(weight, "__dict__", {}).items() if name != "patches"}
+    return type(weight), weight.as_subclass(torch.Tensor), own

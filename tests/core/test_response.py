@@ -31,6 +31,9 @@ class Linear:
         # Factors are oblique to what the model answers to most, so that PCA of gradients mixes them.
         self.factors = self.axes @ basis(WIDTH, WIDTH, 2)[:, : len(VARIANCES)]
 
+    def rows_at(self, sigma: float) -> torch.Tensor:
+        return self.rows
+
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:
         return latents + sigma * noise
 

@@ -328,7 +328,7 @@ def test_feature_loss_equals_central_finite_differences(
                 return float(((estimate - compared[1:]).double() ** 2).mean(1).sum())
 
             def slope(along: torch.Tensor, step: float) -> float:
-                return (loss(denoiser.rows + step * along) - loss(denoiser.rows - step * along)) / (2 * step)
+                return (loss(outer.rows + step * along) - loss(outer.rows - step * along)) / (2 * step)
 
             found = []
             for seed in range(12):

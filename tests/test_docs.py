@@ -146,7 +146,8 @@ def test_recipes_name_nodes_and_settings_of_the_host(host: ModuleType) -> None:
 
     import nodes
 
-    table = section(text("README.md"), "First run on your own model")
+    page = section(text("README.md"), "First run on your own model")
+    table = page[page.index("| model | loaders |") :].partition("\n\n")[0]
     classes = {*nodes.NODE_CLASS_MAPPINGS, *nodes_model_advanced.NODE_CLASS_MAPPINGS}
     shown = nodes.NODE_DISPLAY_NAME_MAPPINGS.values()
     loaders = {name for cell in cells(table, 1) for name in re.findall(r"\*([^*]+)\*", cell)}

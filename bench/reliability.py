@@ -38,7 +38,8 @@ from typing import Any
 
 import torch
 
-from elrond_core.decompose.sae import train_sae
+from elrond_core.decompose.sae import TopKSAE
+from elrond_core.decompose.sae_training import TrainConfig, TrainedSAE, train_sae
 from elrond_core.directions import Directions
 from elrond_core.errors import ElrondError
 from elrond_core.gradients import Gradients
@@ -50,7 +51,7 @@ from elrond_core.storage.shards import Shards
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "bench" / "results" / "reliability.json"
 GOLDEN = ROOT / "tests" / "golden"
-LENGTHS = {"mutations": 60_000, "kills": 300, "races": 1_000}
+LENGTHS = {"mutations": 30_000, "kills": 200, "races": 400}
 # Seconds after which a file that is read counts as never answering.
 HANG = 60
 WIDTH = 4096
@@ -86,7 +87,7 @@ class Subject:
 
 
 def subjects(folder: Path) -> list[Subject]:
-    """Every golden file, two shards, and the checkpoint of a training."""
+    """Every golden file, two shards, the checkpoint of a training, and an autoencoder."""
     found = []
     for path in sorted(GOLDEN.glob("*.safetensors")):
         load = files.load_directions if path.name.startswith("directions") else files.load_gradients
@@ -99,6 +100,10 @@ def subjects(folder: Path) -> list[Subject]:
     path = folder / "training.safetensors"
     stop_training(path, 3)
     found.append(Subject("checkpoint", path.read_bytes(), "training.safetensors", tensor_files.read))
+    trained = stop_training(None, 0)
+    assert trained is not None
+    trained.model.save(path)
+    found.append(Subject("autoencoder", path.read_bytes(), "sae.safetensors", load_autoencoder))
     return found
 
 
@@ -109,6 +114,12 @@ def load_shard(path: Path) -> Any:
     if said:
         raise ElrondError(said[0])
     return [kept.get(number) for number in range(66)]
+
+
+def load_autoencoder(path: Path) -> Any:
+    """Everything that an autoencoder's file says."""
+    model = TopKSAE.load(path)
+    return dict(model.state_dict()), model.k, model.rows, model.width
 
 
 def _flip(content: bytearray, draw: random.Random, _: bytes) -> None:
@@ -255,7 +266,7 @@ def mutations(count: int, seed: int) -> dict[str, Any]:
             counts[outcome if outcome in ("identical", "refused", "different") else "other error"] += subject.checked
             if outcome not in ("identical", "refused") and (subject.checked or outcome != "different"):
                 failures.append(f"mutation {number} of seed {seed}, {how} of {subject.name}: {outcome}")
-            if number % 10 == 0 and "shard" not in subject.name and subject.name != "checkpoint":
+            if number % 10 == 0 and subject.place.startswith(("directions", "gradients")):
                 outcome = attempt(subject, forged(subject, seed, number))
                 counts["forged"] += 1
                 if outcome not in ("identical", "refused", "different"):
@@ -301,8 +312,8 @@ def generation_of(loaded: Directions) -> int:
     return number if torch.equal(loaded.vectors, directions(number).vectors) else -1
 
 
-def stop_training(checkpoint: Path | None, stop: int) -> Directions | None:
-    """A small training, cancelled after so many steps."""
+def stop_training(checkpoint: Path | None, stop: int) -> TrainedSAE | None:
+    """A small training, cancelled after so many steps; 0 for never."""
     vectors = torch.randn(60, 1, 6, generator=torch.Generator().manual_seed(1))
     numbers = torch.zeros(60, dtype=torch.int64)
     source = Gradients(vectors, torch.ones(60), numbers, numbers, Provenance("SDXL"), torch.empty(0, 1, 6))
@@ -312,7 +323,8 @@ def stop_training(checkpoint: Path | None, stop: int) -> Directions | None:
             raise KeyboardInterrupt
 
     try:
-        return train_sae(source, latents=4, epochs=20, batch_size=60, checkpoint=checkpoint, on_step=on_step)[0]
+        config = TrainConfig(latents=4, epochs=20, batch_size=60)
+        return train_sae(source, config, checkpoint=checkpoint, on_step=on_step)
     except KeyboardInterrupt:
         return None
 
@@ -404,8 +416,9 @@ class _Training(Killed):
         stop_training(folder / "training.safetensors", 19)
 
     def missing(self, folder: Path, done: list[int]) -> int:
-        whole = stop_training(None, -1)
-        return int(not same(stop_training(folder / "training.safetensors", -1), whole))
+        whole, again = (stop_training(path, 0) for path in (None, folder / "training.safetensors"))
+        assert whole is not None and again is not None
+        return int(not same(whole.directions, again.directions))
 
 
 KILLED = (_Replacing(), _Numbering(), _Changing(), _Collecting(), _Training())

@@ -8,6 +8,7 @@ from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.steering import compose
 from .types import DirectionsIO, first_error
+from .widget_text import ANY_COUNT, indices_of, numbers_of
 
 _SUBSET, _SUM, _ORTHOGONAL = "subset", "weighted sum", "orthogonalise"
 
@@ -61,7 +62,7 @@ class ComposeDirections(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, which: str | None = None, weights: str | None = None) -> bool | str:
         """Refuse what can be seen to be wrong before anything is computed."""
-        return first_error((compose.indices_of, which, compose.ANY_COUNT), (compose.numbers_of, weights))
+        return first_error((indices_of, which, ANY_COUNT), (numbers_of, weights))
 
     @classmethod
     def execute(
@@ -75,9 +76,9 @@ class ComposeDirections(io.ComfyNode):
     ) -> io.NodeOutput:
         """Compose."""
         whole = compose.merge(directions, more) if more is not None else directions
-        found = compose.subset(whole, compose.indices_of(which, len(whole)))
+        found = compose.subset(whole, indices_of(which, len(whole)))
         if operation == _SUM:
-            found = compose.weighted_sum(found, compose.numbers_of(weights) or [1.0] * len(found))
+            found = compose.weighted_sum(found, numbers_of(weights) or [1.0] * len(found))
         elif weights.strip():
             raise ElrondError(f"Weights belong to a weighted sum, not to {operation}: clear them, or change it.")
         elif operation == _ORTHOGONAL:

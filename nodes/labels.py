@@ -19,10 +19,11 @@ from ..elrond_core.steering import labels
 from ..elrond_core.steering.compose import renamed
 from . import host
 from .types import DirectionsIO, GradientsIO, first_error
+from .widget_text import WORDS, words_of
 
 _WORDS = io.String.Input(
     "words",
-    default=labels.WORDS,
+    default=WORDS,
     multiline=True,
     tooltip="Words or phrases to try, separated by commas. Give many, of all kinds: what they have in "
     "common is left out.",
@@ -105,12 +106,12 @@ class FitWords(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, words: str | None = None) -> bool | str:
         """Refuse what can be seen to be wrong before anything is computed."""
-        return first_error((labels.words_of, words))
+        return first_error((words_of, words))
 
     @classmethod
     def execute(cls, gradients: Gradients, clip: Any, words: str, significance: float, most: int) -> io.NodeOutput:
         """Encode the concept with each word before it, and pair the words."""
-        tried = labels.words_of(words)
+        tried = words_of(words)
         # Before the words are encoded, which takes its time.
         check_response(gradients)
         found = fit_words(
@@ -160,7 +161,7 @@ class LabelDirections(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, words: str | None = None) -> bool | str:
         """Refuse what can be seen to be wrong before anything is computed."""
-        return first_error((labels.words_of, words))
+        return first_error((words_of, words))
 
     @classmethod
     def execute(
@@ -170,7 +171,7 @@ class LabelDirections(io.ComfyNode):
         given = names.rstrip().splitlines()
         if len(given) > len(directions):
             raise ElrondError(f"There are {len(given)} names for {len(directions)} directions.")
-        tried = labels.words_of(words)
+        tried = words_of(words)
         found = labels.label(directions, tried, *_moved(clip, directions.provenance, tried))
         named = renamed(labels.labelled(directions, found, least, replace), given)
         lines = [

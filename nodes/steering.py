@@ -10,7 +10,6 @@ from comfy_api.latest import io
 from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.prompt import Concept
-from ..elrond_core.steering.compose import strengths_of
 from ..elrond_core.steering.draws import (
     EQUAL,
     NATURAL,
@@ -26,6 +25,7 @@ from ..elrond_core.steering.draws import (
 )
 from . import host
 from .types import ABSOLUTE, CONCEPT_INPUT, RELATIVE, UNIT_INPUT, DirectionsIO, first_error, seed_input
+from .widget_text import strengths_of
 
 _START = io.Float.Input(
     "start", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Share of the sampling at which steering starts."

@@ -10,10 +10,10 @@ from comfy_api.latest import io
 from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.sheets import contact_sheet, save_strip
-from ..elrond_core.steering.compose import ANY_COUNT, indices_of
 from . import host
 from .steering import concept_and_norm
 from .types import CONCEPT_INPUT, RELATIVE, UNIT_INPUT, DirectionsIO, check_guidance, first_error, image, seed_input
+from .widget_text import ANY_COUNT, indices_of
 
 _SHOWN = 8
 

@@ -1,9 +1,7 @@
-"""Making sets of directions out of sets of directions, and reading lists of indices and numbers that people type."""
+"""Making sets of directions out of sets of directions."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,65 +12,6 @@ from ..errors import ElrondError
 
 # What is left of a direction that the ones before it span is rounding.
 _SPANNED = 1e-4
-# More than any set holds: an index has six digits at most.
-ANY_COUNT = 10**6
-
-
-def indices_of(text: str, count: int) -> list[int]:
-    """Indices that a person listed, such as "0, 2, 5-7"; nothing means all.
-
-    Args:
-        text: the list.
-        count: how many there are; `ANY_COUNT` where that is not known yet.
-
-    Raises:
-        ElrondError: if the text cannot be read, or an index is repeated or not in 0 to `count` - 1.
-    """
-    found: list[int] = []
-    for part in filter(None, re.split(r"[,;\s]+", re.sub(r"\s*-\s*", "-", text.strip()))):
-        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)
-        if not match:
-            raise ElrondError(f"{part!r} is not a direction; list them as in 0, 2, 5-7.")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if not first <= last < count:
-            raise ElrondError(f"There are no directions {part}: this set holds 0 to {count - 1}.")
-        found += range(first, last + 1)
-    repeated = [i for i, times in Counter(found).items() if times > 1]
-    if repeated:
-        raise ElrondError(f"Direction {min(repeated)} is listed twice.")
-    return found if text.strip() else list(range(count))
-
-
-def numbers_of(text: str) -> list[float]:
-    """Numbers that a person listed, such as "1, -0.5".
-
-    Raises:
-        ElrondError: if one is not a number.
-    """
-    numbers = []
-    for part in filter(None, re.split(r"[,;\s]+", text.strip())):
-        try:
-            numbers.append(float(part))
-        except ValueError:
-            raise ElrondError(f"{part!r} is not a number; list them as in 1, -0.5.") from None
-    return numbers
-
-
-def strengths_of(text: str) -> dict[int, float]:
-    """Directions with a strength each that a person listed, such as "0: 0.5, 3: -0.2".
-
-    Raises:
-        ElrondError: if the text cannot be read or a direction is repeated.
-    """
-    found: dict[int, float] = {}
-    for part in filter(str.strip, re.split(r"[,;\n]", text)):
-        match = re.fullmatch(r"\s*(\d{1,6})\s*[:=]\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*", part)
-        if not match:
-            raise ElrondError(f"{part.strip()!r} is not a direction and its strength; list them as in 0: 0.5, 3: -0.2.")
-        if int(match[1]) in found:
-            raise ElrondError(f"Direction {int(match[1])} is listed twice.")
-        found[int(match[1])] = float(match[2])
-    return found
 
 
 def merge(first: Directions, second: Directions) -> Directions:

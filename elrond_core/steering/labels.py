@@ -12,15 +12,6 @@ from ..directions import Directions
 from ..errors import ElrondError
 from ..prompt import occurrences
 
-WORDS = (
-    "red, orange, yellow, green, blue, purple, pink, brown, black, white, gray, colorful, dark, bright, large, small, "
-    "tall, short, long, round, square, pointed, flat, wide, narrow, thin, fat, left, right, central, top, middle, "
-    "bottom, old, young, new, ancient, modern, male, female, happy, sad, angry, calm, beautiful, ugly, clean, dirty, "
-    "smooth, rough, furry, shiny, metallic, wooden, stone, glass, soft, hard, wet, dry, hot, cold, sunny, rainy, "
-    "snowy, foggy, empty, crowded, simple, complex, realistic, cartoon, painted, photographed, scary, cute, strong, "
-    "weak, rich, poor, fast, slow, near, distant"
-)
-
 
 @dataclass(frozen=True)
 class Label:
@@ -52,18 +43,6 @@ class Label:
         """The words with their scores."""
         sides = [", ".join(f"{word} {score:.2f}" for word, score in side) or "-" for side in (self.along, self.against)]
         return f"+ {sides[0]}   − {sides[1]}"
-
-
-def words_of(text: str) -> list[str]:
-    """Words or phrases between commas or line ends, without repetitions.
-
-    Raises:
-        ElrondError: if there are fewer than two.
-    """
-    words = list(dict.fromkeys(" ".join(part.split()) for part in text.replace("\n", ",").split(",") if part.strip()))
-    if len(words) < 2:
-        raise ElrondError("Give at least two words, separated by commas: what they have in common is left out.")
-    return words
 
 
 def put_before(prompt: str, concept: str, occurrence: int, word: str) -> str:

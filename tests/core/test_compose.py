@@ -1,4 +1,4 @@
-"""Sets of directions made out of others, and lists that people type."""
+"""Sets of directions made out of others."""
 
 from __future__ import annotations
 
@@ -11,13 +11,9 @@ from elrond_core.directions import Directions
 from elrond_core.errors import ElrondError
 from elrond_core.provenance import Provenance
 from elrond_core.steering.compose import (
-    ANY_COUNT,
-    indices_of,
     merge,
-    numbers_of,
     orthogonalised,
     renamed,
-    strengths_of,
     subset,
     weighted_sum,
 )
@@ -34,46 +30,6 @@ def directions(count: int = 4, rows: int = 2, width: int = 8, family: str = "Dem
 def numbered(count: int) -> Directions:
     numbers = tuple(i / 8 for i in range(count))
     return replace(directions(count), natural_std=numbers, densities=numbers[::-1])
-
-
-@pytest.mark.parametrize(
-    ("text", "found"), [("", [0, 1, 2, 3]), ("2", [2]), (" 3, 0 - 1 ", [3, 0, 1]), ("1;2\n0", [1, 2, 0])]
-)
-def test_indices(text: str, found: list[int]) -> None:
-    assert indices_of(text, 4) == found
-
-
-def test_indices_of_a_set_that_is_not_known_yet() -> None:
-    assert len(indices_of("0-999999", ANY_COUNT)) == ANY_COUNT
-    with pytest.raises(ElrondError, match="'x' is not a direction"):
-        indices_of("0, x", ANY_COUNT)
-
-
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("a", "'a' is not a direction"),
-        ("-1", "'-1' is not a direction"),
-        ("4", "no directions 4: this set holds 0 to 3"),
-        ("2-1", "no directions 2-1"),
-        ("0-9999999", "is not a direction"),
-        ("1, 0-2", "Direction 1 is listed twice"),
-    ],
-)
-def test_indices_that_cannot_be(text: str, sentence: str) -> None:
-    with pytest.raises(ElrondError, match=sentence):
-        indices_of(text, 4)
-
-
-def test_numbers_and_strengths() -> None:
-    assert numbers_of("1, -0.5\n2e-1") == [1.0, -0.5, 0.2]
-    assert strengths_of(" 0: 0.5, 3=-.25;\n7: +1 ") == {0: 0.5, 3: -0.25, 7: 1.0}
-    assert strengths_of("") == {}
-    with pytest.raises(ElrondError, match="'x' is not a number"):
-        numbers_of("1, x")
-    for text, sentence in (("0.5", "is not a direction and its strength"), ("1: 2, 1: 3", "listed twice")):
-        with pytest.raises(ElrondError, match=sentence):
-            strengths_of(text)
 
 
 def test_a_subset_keeps_what_belongs_together() -> None:

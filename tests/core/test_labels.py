@@ -8,7 +8,7 @@ import torch
 from elrond_core.directions import Directions
 from elrond_core.errors import ElrondError
 from elrond_core.provenance import Provenance
-from elrond_core.steering.labels import Label, label, labelled, put_before, words_of
+from elrond_core.steering.labels import Label, label, labelled, put_before
 
 WORDS = ["large", "small", "red", "blue"]
 
@@ -52,12 +52,6 @@ def test_words_are_put_before_the_right_concept() -> None:
     assert put_before("a (hot  dog:1.2)", "hot dog", 0, "big") == "a (big hot  dog:1.2)"
     with pytest.raises(ElrondError, match="no occurrence 2 of 'cat'"):
         put_before("a cat", "cat", 1, "young")
-
-
-def test_lists_of_words() -> None:
-    assert words_of("red, blue\n very  dark,red,") == ["red", "blue", "very dark"]
-    with pytest.raises(ElrondError, match="at least two words"):
-        words_of("red, red")
 
 
 def test_encoders_that_do_not_fit() -> None:

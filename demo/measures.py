@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from scipy.stats import kstest
 
 from .captions import WORDS, Caption, word_of
 from .world import SHAPES, Measurement
@@ -21,10 +22,7 @@ def alignment(captions: list[Caption], seen: Measurement) -> float:
 
 def distance_to_uniform(values: torch.Tensor) -> float:
     """Kolmogorov–Smirnov distance of a sample to the uniform distribution on [0, 1]."""
-    ordered = values.clamp(0, 1).sort().values
-    count = len(ordered)
-    steps = torch.arange(count, dtype=ordered.dtype)
-    return float(torch.maximum((steps + 1) / count - ordered, ordered - steps / count).max())
+    return float(kstest(values.clamp(0, 1).double().numpy(), "uniform").statistic)
 
 
 def diversity(seen: Measurement, factors: list[str] | tuple[str, ...]) -> float:

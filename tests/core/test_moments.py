@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import gradients
 
 from elrond_core.decompose.moments import Moments
 from elrond_core.decompose.response import check_response
 from elrond_core.errors import ElrondError
-from elrond_core.gradients import Gradients
 from elrond_core.provenance import Provenance
 
 ROOT = Path(__file__).parents[2]
@@ -141,7 +141,7 @@ def test_a_response_that_is_not_finite_is_named() -> None:
     response = torch.ones(9, 2, 9)
     response[6, 1, 0] = torch.nan
     numbers = torch.arange(5)
-    source = Gradients(_sample(5), torch.ones(5), numbers, numbers + 1, HERE, response)
+    source = gradients(_sample(5), sources=numbers, targets=numbers + 1, response=response)
     with pytest.raises(ElrondError, match=r"The response is not finite \(NaN or infinity\) in row 6;"):
         check_response(source)
 

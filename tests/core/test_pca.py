@@ -3,21 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from builders import HERE, gradients
 from sklearn.decomposition import PCA
 
 from elrond_core.decompose.moments import Moments
 from elrond_core.decompose.pca import fit_pca
 from elrond_core.errors import ElrondError
-from elrond_core.gradients import Gradients
-from elrond_core.provenance import Provenance
-
-HERE = Provenance(family="SDXL", concept="monster")
-
-
-def gradients(vectors: torch.Tensor) -> Gradients:
-    count = len(vectors)
-    zeros = torch.zeros(count, dtype=torch.int64)
-    return Gradients(vectors, torch.ones(count), zeros, zeros + 1, HERE, torch.empty(0, *vectors.shape[1:]))
 
 
 def sample(count: int, rows: int = 2, width: int = 20, seed: int = 0) -> torch.Tensor:
@@ -115,7 +106,7 @@ def test_no_direction_without_variance() -> None:
 
 
 def test_provenance_and_method_travel() -> None:
-    directions, _ = fit_pca(gradients(sample(12)), significance=2)
+    directions, _ = fit_pca(gradients(sample(12), provenance=HERE.with_(concept="monster")), significance=2)
     assert directions.provenance.concept == "monster"
     assert directions.method == {"name": "pca", "significance": "2", "rule": "width", "limit": "64"}
 

@@ -1,5 +1,6 @@
 """The estimate of a sample's quality, on gradients whose true directions are known."""
 
+import builders
 import pytest
 import torch
 
@@ -8,7 +9,6 @@ from elrond_core.errors import ElrondError
 from elrond_core.gradients import Gradients
 from elrond_core.measure.quality import Sufficient, split_half_quality
 from elrond_core.measure.subspace import hallucination, reconstruction
-from elrond_core.provenance import Provenance
 
 SIGNAL, WIDTH = 4, 64
 TRUTH = torch.eye(WIDTH, dtype=torch.float64)[:SIGNAL]
@@ -17,10 +17,8 @@ SCALES = torch.cat([torch.tensor([16.0, 12.0, 8.0, 6.0]), torch.ones(WIDTH - SIG
 
 
 def gradients(vectors: torch.Tensor, targets: torch.Tensor, sources: torch.Tensor | None = None) -> Gradients:
-    count = len(vectors)
-    sources = torch.arange(count) if sources is None else sources
-    return Gradients(
-        vectors[:, None], torch.ones(count), sources, targets, Provenance("toy"), torch.empty(0, 1, vectors.shape[1])
+    return builders.gradients(
+        vectors, targets=targets, sources=torch.arange(len(vectors)) if sources is None else sources
     )
 
 

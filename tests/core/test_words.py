@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import builders
 import pytest
 import torch
 
@@ -33,11 +34,13 @@ def gradients(noise: float = 0.0) -> Gradients:
     images = torch.randn(COUNT, 3, generator=g, dtype=torch.float64) * VARIANCES.sqrt() @ FACTORS.T
     white = torch.randn(COUNT, LATENTS, generator=g, dtype=torch.float64)
     vectors = 2 / LATENTS * (images + noise * torch.randn(images.shape, generator=g, dtype=torch.float64)) @ JACOBIAN
-    places = torch.arange(COUNT)
-    here = Provenance("linear", latent_values=LATENTS, token_norm=10.0)
     response = 2 / LATENTS * white @ JACOBIAN
-    return Gradients(
-        vectors[:, None].float(), torch.ones(COUNT), places, places, here, response=response[:, None].float()
+    return builders.gradients(
+        vectors.float(),
+        sources=torch.arange(COUNT),
+        targets=torch.arange(COUNT),
+        response=response.float(),
+        provenance=Provenance("linear", latent_values=LATENTS, token_norm=10.0),
     )
 
 

@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import builders
 import numpy as np
 import pytest
 import torch
@@ -218,8 +219,13 @@ def some_directions(family: str, rows: int = 1, width: int = WIDTH) -> Direction
 def some_gradients(count: int, response: bool = False) -> Gradients:
     vectors = torch.randn(count, 1, WIDTH, generator=torch.Generator().manual_seed(count))
     places = torch.arange(count)
-    provenance = some_directions("Demo").provenance
-    return Gradients(vectors, torch.ones(count), places, places + 1, provenance, vectors if response else vectors[:0])
+    return builders.gradients(
+        vectors,
+        sources=places,
+        targets=places + 1,
+        response=vectors if response else None,
+        provenance=some_directions("Demo").provenance,
+    )
 
 
 @pytest.fixture(scope="module")

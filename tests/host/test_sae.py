@@ -11,6 +11,7 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
+from builders import gradients
 from comfyui_elrond.elrond_core.errors import ElrondError
 from comfyui_elrond.elrond_core.gradients import Gradients
 from comfyui_elrond.elrond_core.provenance import Provenance
@@ -54,9 +55,7 @@ def made(count: int = 1000, width: int = 24) -> Gradients:
     with torch.inference_mode():
         g = torch.Generator().manual_seed(0)
         vectors = torch.randn(count, 1, width, generator=g) * torch.rand(count, 1, width, generator=g).square()
-        zeros = torch.zeros(count, dtype=torch.int64)
-        provenance = Provenance("SDXL")
-        return Gradients(vectors, torch.ones(count), zeros, zeros, provenance, torch.empty(0, 1, width))
+        return gradients(vectors, kind=Gradients, provenance=Provenance("SDXL"))
 
 
 def train(nodes: dict[str, Any], gradients: Gradients, **changes: Any) -> Any:

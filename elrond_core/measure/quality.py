@@ -1,8 +1,8 @@
-"""How right the significant directions of a sample of gradients are, estimated from the sample itself.
+"""Reliability of the significant directions of a sample of gradients, estimated from the sample itself.
 
-Split-half reliability: two halves of the sample are decomposed apart. A principal cosine r between their spans says how
-far they agree, and the Spearman-Brown formula, 2r/(1 + r), how far the whole sample agrees with the truth: it has half
-the variance of either half, and the truth has none.
+The estimate is split-half reliability. Both halves of the sample are decomposed. A principal cosine r between their
+spans is the agreement of the halves. The Spearman-Brown formula, 2r/(1 + r), gives the agreement of the whole sample
+with the truth: the sampling error of the whole has half the variance of that of a half, and the truth has none.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from ..gradients import Gradients
 from ..seeding import generator
 from .subspace import orthonormal
 
-# Halvings of a kind; their mean is less at the mercy of one draw.
+# Random halvings whose agreement is averaged.
 _HALVINGS = 2
-# The first estimate of a growing collection, for which one of fewer gradients would be mostly chance, and by how much
-# it grows between estimates: one collects at most so much more than were needed.
-FIRST, GROWTH = 64, 1.25
+# Gradients of the first estimate of a growing collection; an estimate from fewer would be mostly chance.
+FIRST = 64
+# Factor by which the collection grows between estimates: at most so many times the gradients needed are collected.
+GROWTH = 1.25
 
 
 class Sufficient:
-    """Tells a growing collection whether it is good enough.
+    """Stops a growing collection once its quality is reached.
 
     Args:
         wanted: quality to reach, above 0 and below 1.
@@ -49,14 +50,14 @@ class Sufficient:
         self.count = 0
 
     def line(self) -> str:
-        """What came of it, for a report."""
-        found = "not known" if self.estimate is None else f"{self.estimate:.4f}"
+        """The result, for a report."""
+        estimate = "not known" if self.estimate is None else f"{self.estimate:.4f}"
         reached = self.estimate is not None and self.estimate >= self.wanted
         advice = "" if reached else "; collect more gradients, or of more realizations"
-        return f"quality of the significant directions: {found}, {self.wanted:g} was asked for{advice}"
+        return f"quality of the significant directions: {estimate}, {self.wanted:g} was asked for{advice}"
 
     def __call__(self, gradients: Gradients, last: bool = False) -> bool:
-        """Whether these are enough; estimated now and then, and in any case if they are the last."""
+        """Whether these are enough; estimated each time the collection has grown by `GROWTH`, and at its end."""
         if len(gradients) < max(FIRST, GROWTH * self.count) and not last:
             return False
         self.estimate, self.count = split_half_quality(gradients), len(gradients)
@@ -66,17 +67,17 @@ class Sufficient:
 def split_half_quality(gradients: Gradients, *, significance: float = 2.5, seed: int = 0) -> float:
     """Estimated share, 0 to 1, of the span of the significant principal components that is right.
 
-    Right is what lies in the span of as many leading components of infinitely many gradients: the reconstruction and,
-    at equal numbers, one less the hallucination of `elrond_core.subspace`. Whether one more or less is significant is
-    another question, which the threshold decides.
+    The truth is the span of as many leading components of infinitely many gradients. The share is the reconstruction
+    of `elrond_core.measure.subspace` and, at equal numbers of directions, one less the hallucination. How many
+    directions are significant is decided by the threshold and not questioned here.
 
-    Gradients towards one target, or of one source, have something in common, which halves must not share: what too few
-    realizations leave unsure would not be seen. Halves that share no target are compared, then halves that share no
-    source, and the lower quality holds.
+    Gradients towards one target, or of one source, are correlated. If both halves had gradients of one realization, the
+    error due to few realizations would cancel and not be seen. So halves that share no target are compared, then
+    halves that share no source, and the lower quality is returned.
 
     Args:
         gradients: at least four, of at least two sources and two targets.
-        significance: C of `elrond_core.decompose.pca.fit_pca`, which decides how many directions are meant.
+        significance: C of `elrond_core.decompose.pca.fit_pca`, which decides the number of directions.
         seed: fixes the halvings.
 
     Raises:
@@ -86,16 +87,16 @@ def split_half_quality(gradients: Gradients, *, significance: float = 2.5, seed:
         raise ElrondError(
             "How right a sample is can only be told of at least 4 gradients, of at least two sources and two targets."
         )
-    kept = len(fit_pca(gradients, significance=significance, limit=max(1, len(gradients) // 2 - 1))[0])
-    found = []
+    count = len(fit_pca(gradients, significance=significance, limit=max(1, len(gradients) // 2 - 1))[0])
+    qualities = []
     for owners in (gradients.targets, gradients.sources):
-        agreements = [_agreement(gradients, half, kept) for half in _halvings(owners, seed)]
-        found.append(sum(agreements) / len(agreements))
-    return min(found)
+        agreements = [_agreement(gradients, half, count) for half in _halvings(owners, seed)]
+        qualities.append(sum(agreements) / len(agreements))
+    return min(qualities)
 
 
 def _halvings(owners: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
-    """Masks (N,) of about half the gradients, all or none of each owner's."""
+    """Masks (N,) of about half the gradients: for each owner all of its gradients or none."""
     names, places = owners.unique(return_inverse=True)
     for index in range(_HALVINGS):
         rank = torch.randperm(len(names), generator=generator(seed, "halving", index))[places]
@@ -103,10 +104,10 @@ def _halvings(owners: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
         yield rank <= (sizes - len(owners) / 2).abs().argmin()
 
 
-def _agreement(gradients: Gradients, half: torch.Tensor, kept: int) -> float:
+def _agreement(gradients: Gradients, half: torch.Tensor, count: int) -> float:
     """Mean corrected cosine between the leading spans of a half and of the rest."""
     one, other = (
-        orthonormal(fit_pca(gradients.select(part), significance=0, limit=kept)[0].vectors) for part in (half, ~half)
+        orthonormal(fit_pca(gradients.select(part), significance=0, limit=count)[0].vectors) for part in (half, ~half)
     )
     cosines = torch.linalg.svdvals(one @ other.T).clamp(max=1)
-    return float((2 * cosines / (1 + cosines)).sum()) / kept
+    return float((2 * cosines / (1 + cosines)).sum()) / count

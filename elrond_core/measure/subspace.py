@@ -10,7 +10,8 @@ import torch
 from ..directions import Directions, fix_signs
 from ..errors import ElrondError
 
-# What rounding to float32 turns a direction by, in degrees, with room for directions that lie close to each other.
+# Angle in degrees by which rounding to float32 may turn a principal vector; larger than for one direction, because
+# nearly parallel directions amplify it.
 _ROUNDING = 0.01
 
 
@@ -23,8 +24,8 @@ class Comparison:
         angles: float32, (min(k_A, k_B),): principal angles between the spans in degrees, ascending.
         reconstruction: share of A's span that lies in B's, 0 to 1.
         hallucination: share of B's span that lies outside of A's, 0 to 1.
-        shared: directions that both span to within the limit, the most alike first; None if there is none.
-        only_a: directions of A's span that B's lacks, the most foreign to B first; None if there is none.
+        shared: directions that both span to within the limit, smallest angle first; None if there is none.
+        only_a: directions of A's span that B's lacks, largest angle first; None if there is none.
         only_b: the same for B.
     """
 

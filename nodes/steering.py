@@ -11,11 +11,12 @@ from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.prompt import Concept
 from ..elrond_core.steering.draws import (
+    DENSITY,
     EQUAL,
     NATURAL,
     RANDOM,
+    SCORE,
     WAYS,
-    WEIGHTS,
     Draw,
     change_of,
     check_share,
@@ -26,6 +27,9 @@ from ..elrond_core.steering.draws import (
 from . import host
 from .types import ABSOLUTE, CONCEPT_INPUT, RELATIVE, UNIT_INPUT, DirectionsIO, first_error, seed_input
 from .widget_text import strengths_of
+
+# The choices of Diversify's `weights`, as saved graphs name them.
+_WEIGHTS = {"equal": EQUAL, "by score": SCORE, "by firing density": DENSITY}
 
 _START = io.Float.Input(
     "start", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Share of the sampling at which steering starts."
@@ -172,8 +176,8 @@ class Diversify(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "weights",
-                    options=list(WEIGHTS),
-                    default=EQUAL,
+                    options=list(_WEIGHTS),
+                    default="equal",
                     optional=True,
                     tooltip="equal: all directions alike. by score: those with high scores more often, or with a "
                     "larger part in a mix. by firing density: those of Train SAE that occur in more gradients.",
@@ -214,7 +218,7 @@ class Diversify(io.ComfyNode):
         end: float,
         concept: str,
         how: str = RANDOM,
-        weights: str = EQUAL,
+        weights: str = "equal",
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         """Draw and steer."""
@@ -230,7 +234,7 @@ class Diversify(io.ComfyNode):
             leading,
             both_signs,
             how,
-            weights,
+            _WEIGHTS[weights],
         )
         changes = torch.stack([change_of(directions, draw) for draw in draws])
 

@@ -12,7 +12,7 @@ from ..errors import ElrondError
 from ..seeding import generator
 
 RANDOM, SPREAD, NATURAL = WAYS = ("random", "spread", "natural")
-EQUAL, BY_SCORE, BY_DENSITY = WEIGHTS = ("equal", "by score", "by firing density")
+EQUAL, SCORE, DENSITY = WEIGHTS = ("equal", "score", "density")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def draw_steps(
         leading: draw from so many leading directions only; 0 means all.
         both_signs: flip the sign of each draw with probability one half.
         how: one of `WAYS`.
-        weigh: one of `WEIGHTS`. By score or by firing density, directions are picked in proportion to it, and their
+        weigh: one of `WEIGHTS`. By score or firing density, directions are picked in proportion to it, and their
             parts in a mix scaled by its root (for explained variances: by how far the model itself varies them).
 
     Raises:
@@ -79,14 +79,14 @@ def draw_steps(
     if how == NATURAL:
         if not directions.natural_std:
             raise ElrondError(
-                "It is not known how far the model varies along these directions: take those of Fit Response or "
-                "Fit Word Directions, or draw them in another way."
+                "It is not known how far the model varies along these directions: take some that were fitted to the "
+                "model's response, or draw them in another way."
             )
         scales = torch.tensor(directions.natural_std[:pool], dtype=torch.float64)
     shares = _shares(directions, weigh)[:pool]
     usable = int((shares > 0).sum())
     if not usable:
-        what = "firing density" if weigh == BY_DENSITY else "score"
+        what = "firing density" if weigh == DENSITY else "score"
         raise ElrondError(f"No direction of this set has a positive {what} to weigh it by; weigh them equally.")
     if how != RANDOM:
         place, weights = _spread(scales if how == NATURAL else shares.sqrt(), count, seed, both_signs)
@@ -139,12 +139,12 @@ def _shares(directions: Directions, weigh: str) -> torch.Tensor:
     """What the directions weigh, float64 (K,), each at least 0."""
     if weigh == EQUAL:
         return torch.ones(len(directions), dtype=torch.float64)
-    if weigh == BY_SCORE:
+    if weigh == SCORE:
         return directions.scores.double().clamp_min(0)
     if not directions.densities:
         raise ElrondError(
-            "These directions have no firing densities to weigh them by: take those of Train SAE, or weigh them in "
-            "another way."
+            "These directions have no firing densities to weigh them by: take those of a sparse autoencoder, or "
+            "weigh them in another way."
         )
     return torch.tensor(directions.densities, dtype=torch.float64)
 

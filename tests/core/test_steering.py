@@ -23,7 +23,7 @@ def drawn(set_: Directions, count: int, seed: int = 1, **settings) -> torch.Tens
     return torch.stack([change_of(set_, draw)[0] for draw in draws])
 
 
-@pytest.mark.parametrize("settings", [{}, {"mix": 3}, {"how": "spread"}, {"weigh": "by score", "mix": 2}])
+@pytest.mark.parametrize("settings", [{}, {"mix": 3}, {"how": "spread"}, {"weigh": "score", "mix": 2}])
 def test_a_step_depends_on_seed_and_index_only(settings: dict) -> None:
     set_ = directions([4.0, 3.0, 2.0, 1.0])
     many, few = drawn(set_, 20, **settings), drawn(set_, 7, **settings)
@@ -52,18 +52,18 @@ def test_a_spread_has_fewer_holes_than_chance() -> None:
 
 def test_scores_weigh() -> None:
     set_ = directions([0.9, 0.1, 0.0])
-    picked = drawn(set_, 400, weigh="by score").abs().argmax(1)
+    picked = drawn(set_, 400, weigh="score").abs().argmax(1)
     counts = torch.bincount(picked, minlength=3) / 400
     assert abs(float(counts[0]) - 0.9) < 0.05 and counts[2] == 0
-    parts = drawn(set_, 400, weigh="by score", how="spread").square().mean(0)
+    parts = drawn(set_, 400, weigh="score", how="spread").square().mean(0)
     assert parts[0] > 3 * parts[1] and parts[2] == 0
 
 
 @pytest.mark.parametrize("settings", [{}, {"mix": 2}, {"how": "spread"}, {"leading": 2}])
 def test_firing_densities_weigh_as_scores_do(settings: dict) -> None:
     dense = replace(directions([0.2, 0.3, 0.5]), densities=(0.09, 0.01, 0.0))
-    as_scores = drawn(directions([0.9, 0.1, 0.0]), 50, weigh="by score", **settings)
-    torch.testing.assert_close(drawn(dense, 50, weigh="by firing density", **settings).abs(), as_scores.abs())
+    as_scores = drawn(directions([0.9, 0.1, 0.0]), 50, weigh="score", **settings)
+    torch.testing.assert_close(drawn(dense, 50, weigh="density", **settings).abs(), as_scores.abs())
 
 
 def test_one_sign() -> None:
@@ -100,22 +100,22 @@ def test_the_parts_of_a_draw_add_up_to_it() -> None:
     [
         ({"lowest": 1.0, "highest": 0.5}, "lowest strength 1.0 is above the highest 0.5"),
         ({"lowest": -1.0}, "at least 0"),
-        ({"how": "natural"}, "take those of Fit Response or Fit Word Directions"),
+        ({"how": "natural"}, "take some that were fitted to the model's response"),
         ({"how": "even"}, "random, spread, natural, not 'even'"),
         ({"highest": float("nan")}, "finite"),
         ({"mix": 3, "leading": 2}, "mix 1 to 2 of these directions, not 3"),
-        ({"mix": 3, "weigh": "by score"}, "mix 1 to 2 of these directions, not 3"),
-        ({"weigh": "by firing density"}, "no firing densities to weigh them by: take those of Train SAE"),
-        ({"weigh": "by name"}, "equal, by score, by firing density, not 'by name'"),
+        ({"mix": 3, "weigh": "score"}, "mix 1 to 2 of these directions, not 3"),
+        ({"weigh": "density"}, "no firing densities to weigh them by: take those of a sparse autoencoder"),
+        ({"weigh": "by name"}, "equal, score, density, not 'by name'"),
     ],
 )
 def test_steps_that_cannot_be_drawn(settings: dict, sentence: str) -> None:
     with pytest.raises(ElrondError, match=sentence):
         drawn(directions([2.0, 1.0, 0.0]), 3, **settings)
     with pytest.raises(ElrondError, match="No direction of this set has a positive score"):
-        drawn(directions([0.0, -1.0]), 3, weigh="by score")
+        drawn(directions([0.0, -1.0]), 3, weigh="score")
     with pytest.raises(ElrondError, match="No direction of this set has a positive firing density"):
-        drawn(replace(directions([1.0, 1.0]), densities=(0.0, 0.0)), 3, weigh="by firing density")
+        drawn(replace(directions([1.0, 1.0]), densities=(0.0, 0.0)), 3, weigh="density")
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.5, 0.5), (0.7, 0.2), (-0.1, 1.0), (0.0, 1.1)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..elrond_core.errors import ElrondError
-from ..elrond_core.prompt import bracketed, find_concept
+from ..elrond_core.prompt import Span, bracketed, find_word
 from . import host
 from .types import first_error
 
@@ -41,7 +41,8 @@ class EncodeConcept(io.ComfyNode):
                     default=1,
                     min=1,
                     max=100,
-                    tooltip="Which one, if the prompt has the concept word more than once. Brackets say it themselves.",
+                    tooltip="Which one, if the prompt has the concept word more than once; free-standing words come "
+                    "before parts of others. Brackets say it themselves.",
                 ),
                 io.Int.Input(
                     "row",
@@ -60,38 +61,39 @@ class EncodeConcept(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, prompt: str | None = None, concept: str | None = None) -> bool | str:
+    def validate_inputs(
+        cls, prompt: str | None = None, concept: str | None = None, occurrence: int | None = None
+    ) -> bool | str:
         """Refuse what can be seen to be wrong before anything is computed."""
-        return first_error((_concepts, prompt, concept))
+        return first_error((_concepts, prompt, concept, occurrence))
 
     @classmethod
     def execute(cls, clip: object, prompt: str, concept: str, occurrence: int, row: int = 0) -> io.NodeOutput:
         """Encode and mark."""
         if clip is None:
             raise ElrondError("The CLIP input is empty: this checkpoint has no text encoder; load one separately.")
-        plain, wanted = _concepts(prompt, concept, occurrence)
-        pieces, length = host.pieces_of(clip, plain)
-        found = [find_concept(pieces, word, which) for word, which in wanted]
+        plain, spans = _concepts(prompt, concept, occurrence)
+        encoded = host.EncodedPrompt(clip, plain)
+        concepts = [encoded.concept(span) for span in spans]
         if row:
-            found = [c.only(row - 1) for c in found]
-        conditioning = host.encode(clip, plain)
-        dropped = host.dropped_rows(length, conditioning)
-        concepts = [c.shifted(-dropped) for c in found]
+            concepts = [c.only(row - 1) for c in concepts]
         lines = [f"prompt: {plain}"]
         lines += [f"concept {c.word!r}: tokens {' '.join(c.tokens)}, rows {list(c.rows)}" for c in concepts]
-        lines += ["rows: " + " ".join(f"{p.row - dropped}={p.text.strip()}" for p in pieces)]
-        words = tuple(sorted({p.row - dropped for p in pieces}))
-        marked = host.mark(conditioning, host.family_of(clip), plain, concepts, words)
+        lines += ["rows: " + " ".join(f"{token.row}={token.text}" for token in encoded.tokens)]
+        lines += filter(None, [encoded.doubt(concepts)])
+        words = tuple(token.row for token in encoded.tokens)
+        marked = host.mark(encoded.conditioning, host.family_of(clip), plain, concepts, words)
         return io.NodeOutput(marked, "\n".join(lines))
 
 
-def _concepts(prompt: str, concept: str, occurrence: int = 1) -> tuple[str, list[tuple[str, int]]]:
-    """The prompt as it is encoded, and its concepts with the occurrence of each (0 is the first)."""
-    # A concept named in the field leaves brackets alone, which some prompts use for other things.
-    plain, wanted = (prompt, [(concept.strip(), occurrence - 1)]) if concept.strip() else bracketed(prompt)
-    if not wanted:
+def _concepts(prompt: str, concept: str, occurrence: int) -> tuple[str, list[Span]]:
+    """The prompt as it is encoded, and the places of its concepts in it."""
+    if concept.strip():
+        return prompt, [find_word(prompt, concept, occurrence - 1)]
+    plain, spans = bracketed(prompt)
+    if not spans:
         raise ElrondError("Name the concept: put its word in [brackets] in the prompt, or in the concept field.")
-    return plain, wanted
+    return plain, spans
 
 
 NODES = [EncodeConcept]

@@ -13,7 +13,7 @@ from ..elrond_core.decompose.words import fit_words
 from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.gradients import Gradients
-from ..elrond_core.prompt import find_concept, occurrences
+from ..elrond_core.prompt import Span, find_word, occurrences
 from ..elrond_core.provenance import Provenance
 from ..elrond_core.steering import labels
 from ..elrond_core.steering.compose import renamed
@@ -30,23 +30,21 @@ _WORDS = io.String.Input(
 )
 
 
-def _rows(clip: Any, prompt: str, concept: str, occurrence: int) -> torch.Tensor:
-    """(R, d) the rows of one occurrence of a concept in a prompt."""
-    pieces, length = host.pieces_of(clip, prompt)
-    conditioning = host.encode(clip, prompt)
-    found = find_concept(pieces, concept, occurrence).shifted(-host.dropped_rows(length, conditioning))
-    return conditioning[0][0][0, list(found.rows)].float().cpu()
+def _rows(clip: Any, prompt: str, span: Span) -> torch.Tensor:
+    """(R, d) the rows of a concept at a place in a prompt."""
+    encoded = host.EncodedPrompt(clip, prompt)
+    return encoded.conditioning[0][0][0, list(encoded.concept(span).rows)].float().cpu()
 
 
-def _occurrence(clip: Any, origin: Provenance) -> int:
-    """Which occurrence of the concept in its prompt something was made for; the first if that is unclear."""
-    pieces, length = host.pieces_of(clip, origin.prompt)
-    dropped = host.dropped_rows(length, host.encode(clip, origin.prompt))
-    for place in range(len(occurrences(origin.prompt, origin.concept))):
+def _place(clip: Any, origin: Provenance) -> Span:
+    """Where in its prompt the concept is that something was made for; the first such word if that is unclear."""
+    encoded = host.EncodedPrompt(clip, origin.prompt)
+    places = occurrences(origin.prompt, origin.concept, inside=True)
+    for span in places:
         # They may be for a single one of its rows.
-        if set(origin.rows) <= set(find_concept(pieces, origin.concept, place).shifted(-dropped).rows):
-            return place
-    return 0
+        if set(origin.rows) <= set(encoded.concept(span).rows):
+            return span
+    return find_word(origin.prompt, origin.concept)
 
 
 def _moved(clip: Any, origin: Provenance, words: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,14 +56,12 @@ def _moved(clip: Any, origin: Provenance, words: Sequence[str]) -> tuple[torch.T
         raise ElrondError(f"These directions were made for {origin.family}, but this text encoder is {family}'s.")
     if not origin.prompt or not origin.concept:
         raise ElrondError("These directions do not say which concept of which prompt they were made for.")
-    place = _occurrence(clip, origin)
-    bare = _rows(clip, origin.prompt, origin.concept, place)
+    span = _place(clip, origin)
+    bare = _rows(clip, origin.prompt, span)
     update = host.progress(len(words))
     moved = []
     for word in words:
-        prompt = labels.put_before(origin.prompt, origin.concept, place, word)
-        # A phrase may hold the concept's own word.
-        moved.append(_rows(clip, prompt, origin.concept, place + len(occurrences(word, origin.concept))))
+        moved.append(_rows(clip, *labels.put_before(origin.prompt, span, word)))
         update(len(moved))
     return bare, torch.stack(moved)
 

@@ -10,7 +10,7 @@ import torch
 from ..decompose.words import word_moves
 from ..directions import Directions
 from ..errors import ElrondError
-from ..prompt import occurrences
+from ..prompt import Span
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,11 @@ class Label:
         return f"+ {sides[0]}   − {sides[1]}"
 
 
-def put_before(prompt: str, concept: str, occurrence: int, word: str) -> str:
-    """The prompt with a word put before one occurrence (0 is the first) of the concept's words.
-
-    Raises:
-        ElrondError: if the prompt has no such occurrence.
-    """
-    found = occurrences(prompt, concept)
-    if not 0 <= occurrence < len(found):
-        raise ElrondError(f"The prompt {prompt!r} has no occurrence {occurrence + 1} of {concept!r}.")
-    start = found[occurrence][0]
-    return f"{prompt[:start]}{word} {prompt[start:]}"
+def put_before(prompt: str, span: Span, word: str) -> tuple[str, Span]:
+    """The prompt with a word put before a place in it, and that place then."""
+    before = f"{word} "
+    text = prompt[: span.start] + before + prompt[span.start :]
+    return text, Span(span.start + len(before), span.stop + len(before))
 
 
 def label(

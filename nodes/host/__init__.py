@@ -18,17 +18,17 @@ from .sampling import (
     stop_if_cancelled,
 )
 from .schedule import marked_at
-from .text import dropped_rows, encode, family_of, pieces_of
+from .text import EncodedPrompt, encode, family_of
 
 __all__ = [
     "HOST",
     "MARK",
+    "EncodedPrompt",
     "HostDenoiser",
     "MarkedPrompt",
     "absent",
     "check_one_image",
     "decode",
-    "dropped_rows",
     "empty_latent",
     "encode",
     "family_of",
@@ -41,7 +41,6 @@ __all__ = [
     "marked_at",
     "open_shards",
     "output_folder",
-    "pieces_of",
     "progress",
     "resized",
     "routes",

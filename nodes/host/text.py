@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any
+import numbers
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import comfy.text_encoders.sd3_clip
+import torch
 import transformers
 
 from ...elrond_core.errors import ElrondError
-from ...elrond_core.prompt import Piece
+from ...elrond_core.prompt import Concept, Span, Token, changed_tokens, common, replacements
 from .conditioning import Conditioning
 
 
@@ -29,83 +29,255 @@ def family_of(clip: Any) -> str:
     return name
 
 
-# Where several text encoders read the prompt, the first of these makes the rows; others are pooled, or conditionings
-# of their own. Those of SDXL are side by side.
+def encode(clip: Any, prompt: str) -> Conditioning:
+    """What the stock CLIPTextEncode node returns."""
+    return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+
+
+# Where several encoders read the prompt, the first of these makes the rows; others are pooled, or conditionings of
+# their own.
 _ROWS = ("t5xxl", "hydit_clip", "llama", "qwen25_7b", "g", "l")
+# Two prompts of one token, which show what a chat template puts around every prompt.
+_PROBES = ("dog", "cat")
+# Of the change of the row that changes most: below this, a row has not changed but by rounding.
+_ROUNDING = 1e-3
 
 
-def pieces_of(clip: Any, prompt: str) -> tuple[list[Piece], int]:
-    """A prompt's tokens with their place in the token sequence, and the length of that sequence.
+class _Place(NamedTuple):
+    """A token that a tokenizer made of the prompt.
 
-    Without the words that an encoder's chat template puts around the prompt: a concept is never found there.
+    Attributes:
+        token: its number, or a vector of a textual inversion.
+        chunk: which of the tokenizer's chunks it is in.
+        position: its index in the chunk.
+        row: its row in what the encoder returns; None if the encoder leaves it out.
     """
-    streams = clip.tokenize(prompt, return_word_ids=True)
-    encoder = clip.cond_stage_model
+
+    token: Any
+    chunk: int
+    position: int
+    row: int | None
+
+    @property
+    def key(self) -> Hashable:
+        """What is equal for equal tokens only."""
+        return int(self.token) if isinstance(self.token, numbers.Integral) else tuple(self.token.flatten().tolist())
+
+
+class _Template(NamedTuple):
+    """What a tokenizer puts around every prompt.
+
+    Attributes:
+        before: how many tokens come before the prompt.
+        after: how many come after it.
+        row: the row at which the prompt starts; None if that is not known.
+        tokens: those of the probes between.
+    """
+
+    before: int
+    after: int
+    row: int | None
+    tokens: tuple[Any, Any]
+
+
+class EncodedPrompt:
+    """A prompt's conditioning, and which of its rows stand for which words.
+
+    A word's tokens are those that change when other words are put in its place: no other way leads through weights,
+    textual inversions, chat templates and what tokenizers do to letters.
+
+    Attributes:
+        conditioning: what the stock CLIPTextEncode node returns.
+        tokens: the prompt's tokens, without those of a chat template.
+
+    Raises:
+        ElrondError: if the encoder makes no rows, or cuts text in an unknown way.
+    """
+
+    def __init__(self, clip: Any, prompt: str) -> None:
+        encoder = clip.cond_stage_model
+        if next(encoder.parameters(), None) is None:
+            raise ElrondError(
+                f"ELROND does not work with {family_of(clip)}, which reads the prompt inside its diffusion model and "
+                "has no rows to take gradients of; use another model."
+            )
+        self._clip, self._prompt = clip, prompt
+        self.conditioning = encode(clip, prompt)
+        streams = clip.tokenize(prompt, return_word_ids=True)
+        # Names of encoders. The rows of a group follow those of the group before; those within one are side by side.
+        self._groups = _groups(encoder, streams)
+        self._widths = {name: _width(encoder, name) for names in self._groups for name in names}
+        self._places = self._tokenize(prompt)
+        probes = [self._tokenize(probe) for probe in _PROBES]
+        self._templates = {name: _template(self._places[name], *(p[name] for p in probes)) for name in self._widths}
+
+        lengths = [min(sum(map(len, streams[name])) for name in names) for names in self._groups]
+        rows, first = self.conditioning[0][0].shape[1], self._templates[self._groups[0][0]].row
+        # An encoder that drops a chat template returns fewer rows than tokens. What it drops beyond those before the
+        # prompt comes after it. Rows that an encoder appends move none of the others.
+        dropped = max(0, sum(lengths) - rows)
+        dropped = dropped if first is None else min(dropped, first)
+        self._starts = [sum(lengths[:group]) - dropped for group in range(len(lengths))]
+        self._stops = [min(rows, start + length) for start, length in zip(self._starts, lengths, strict=True)]
+        self.tokens = [token for group in range(len(lengths)) for token in self._read(group)]
+
+    def concept(self, span: Span) -> Concept:
+        """The rows of what stands at a place in the prompt, in every group of rows.
+
+        Raises:
+            ElrondError: if an encoder does not read it.
+        """
+        word = span.of(self._prompt)
+        others = [
+            self._tokenize(self._prompt[: span.start] + other + self._prompt[span.stop :])
+            for other in replacements(word)
+        ]
+        rows: list[int] = []
+        for group, names in enumerate(self._groups):
+            changed: set[int] = set()
+            for name in names:
+                places = self._places[name]
+                indices = changed_tokens(_keys(places), [_keys(other[name]) for other in others])
+                changed.update(self._rows(group, (places[index] for index in indices)))
+            if not changed:
+                raise ElrondError(
+                    f"The text encoder {'/'.join(names)} does not read {word!r} in the prompt: it has no token for it, "
+                    "leaves it out, or stops before it."
+                )
+            rows += sorted(changed)
+        texts = {token.row: token.text for token in self.tokens}
+        return Concept(word, tuple(rows), tuple(texts.get(row, "") for row in rows))
+
+    def doubt(self, concepts: Sequence[Concept]) -> str:
+        """Encode the prompt once more with other tokens at the concepts' rows, and compare.
+
+        An encoder whose rows depend on no later token must change none before the concepts'. Of any other, the row
+        that changes most for its length must be a concept's.
+
+        Returns:
+            a warning if that is not so, else nothing.
+        """
+        rows = {row for concept in concepts for row in concept.rows}
+        streams = self._clip.tokenize(self._prompt)
+        for group, names in enumerate(self._groups):
+            for name in names:
+                one, other = self._templates[name].tokens
+                for place in self._places[name]:
+                    if rows.intersection(self._rows(group, [place])):
+                        chunk = streams[name][place.chunk]
+                        entry = chunk[place.position]
+                        chunk[place.position] = (other if place.key == one else one, *entry[1:])
+        before = self.conditioning[0][0][0].float()
+        after = self._clip.encode_from_tokens_scheduled(streams)[0][0][0].to(before)
+        change = (after - before).norm(dim=1) / before.norm(dim=1).clamp_min(1e-9)
+        for start, stop in zip(self._starts, self._stops, strict=True):
+            start = max(0, start)
+            mine = [row - start for row in sorted(rows) if start <= row < stop]
+            if mine and not _change_most(change[start:stop], mine):
+                return (
+                    "warning: other rows change when the concept's tokens are replaced. The rows may be another "
+                    "word's, or the concept may have no weight: do not trust directions found for it."
+                )
+        return ""
+
+    def _tokenize(self, prompt: str) -> dict[str, list[_Place]]:
+        streams = self._clip.tokenize(prompt, return_word_ids=True)
+        return {name: list(_places(streams[name], width)) for name, width in self._widths.items()}
+
+    def _rows(self, group: int, places: Iterable[_Place]) -> list[int]:
+        """The rows in the conditioning of those tokens that have one."""
+        rows = [self._starts[group] + place.row for place in places if place.row is not None]
+        return [row for row in rows if 0 <= row < self._stops[group]]
+
+    def _read(self, group: int) -> list[Token]:
+        """The tokens of a group of rows, in their order."""
+        tokens: dict[int, Token] = {}
+        for name in self._groups[group]:
+            places, template = self._places[name], self._templates[name]
+            texts = _texts(_decoder(self._clip.tokenizer, name), [place.token for place in places])
+            for index in range(template.before, len(places) - template.after):
+                for row in self._rows(group, [places[index]]):
+                    tokens.setdefault(row, Token(texts[index], row))
+        return [tokens[row] for row in sorted(tokens)]
+
+
+def _groups(encoder: Any, streams: dict[str, Any]) -> list[list[str]]:
+    """The names of the encoders that make rows."""
+    there = [name for name in streams if _part(encoder, name) is not None] or list(streams)
+    clip: list[str] = [name for name in ("g", "l") if name in there]
     if isinstance(encoder, comfy.text_encoders.sd3_clip.SD3ClipModel):
-        # Its CLIP rows, those of L and G side by side, come before its T5 rows; each may be missing.
-        names = ["g" if encoder.clip_l is None else "l"] if encoder.clip_l or encoder.clip_g else []
-        names += ["t5xxl"] if encoder.t5xxl is not None else []
-    else:
-        names = [next((name for name in _ROWS if name in streams), next(iter(streams)))]
-    pieces, length = [], 0
-    for stream, name in enumerate(names):
-        pieces += _pieces(clip, name, streams[name], prompt, stream, length)
-        length += sum(len(chunk) for chunk in streams[name])
-    return pieces, length
+        return [names for names in (clip, [name for name in there if name == "t5xxl"]) if names]
+    first = next((name for name in _ROWS if name in there), there[0])
+    return [clip if first == "g" else [first]]
 
 
-def _pieces(clip: Any, name: str, chunks: Any, prompt: str, stream: int, start: int) -> list[Piece]:
-    decode = _decoder(clip.tokenizer, name)
-    names = re.findall(r"embedding:[^\s():,]+", prompt)
-    inversions = {word for token, word, _ in _words(chunks) if not isinstance(token, int)}
-    # The host leaves out those it does not find, and then there is no telling which is which.
-    named = iter(names if len(names) == len(inversions) else [])
-    found: list[Piece] = []
-    ids: list[int] = []
-    text, waiting, last = "", 0, None
-    for token, word, place in _words(chunks):
-        if not isinstance(token, int):
-            # A vector of a textual inversion; those of one inversion belong to one word.
-            found.append(Piece(f" {next(named, '')} " if word != last else "", start + place, stream))
-        else:
-            ids.append(token)
-            # Tokens are decoded together with those before them: byte pieces make no sense alone.
-            longer = decode(ids)
-            if longer.endswith("\ufffd"):
-                longer = text
-                waiting += 1
-            found.append(Piece(longer[len(text) :], start + place, stream))
-            if longer != text and waiting:
-                # A letter of several tokens starts at the first of them.
-                first = len(found) - 1 - waiting
-                found[first], found[-1] = replace(found[first], text=found[-1].text), replace(found[-1], text="")
-                waiting = 0
-            text = longer
-        last = word
-    leading, trailing = _template(clip, name, chunks)
-    return found[leading : len(found) - trailing]
+def _part(encoder: Any, name: str) -> Any:
+    """The encoder that reads a stream of tokens, if there is one."""
+    return getattr(encoder, f"clip_{name}", None) or getattr(encoder, name, None)
 
 
-def _words(chunks: Any) -> Iterator[tuple[Any, int, int]]:
-    """Token, word and place of all tokens but the start, end and padding ones."""
-    place = 0
-    for chunk in chunks:
-        for token, _, word in chunk:
-            if word:
-                yield token, word, place
-            place += 1
+def _width(encoder: Any, name: str) -> int | None:
+    """The width of an encoder's token embeddings; None if that is not known."""
+    embeddings = getattr(getattr(_part(encoder, name), "transformer", None), "get_input_embeddings", None)
+    return embeddings().weight.shape[-1] if embeddings else None
 
 
-def _template(clip: Any, name: str, chunks: Any) -> tuple[int, int]:
-    """How many tokens a chat template puts before and after the prompt: what two different prompts have in common."""
-    one, other, mine = (
-        [token for token, _, _ in _words(c)]
-        for c in (*(clip.tokenize(probe, return_word_ids=True)[name] for probe in ("dog", "cat")), chunks)
-    )
-    leading = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
-    trailing = next((i for i, (a, b) in enumerate(zip(one[::-1], other[::-1], strict=False)) if a != b), 0)
+def _places(chunks: Any, width: int | None) -> Iterator[_Place]:
+    """All tokens but the start, end and padding ones."""
+    start = 0
+    for number, chunk in enumerate(chunks):
+        left_out = 0
+        # Some tokenizers leave out the words' numbers.
+        for index, (token, _, *word) in enumerate(chunk):
+            vector = not isinstance(token, numbers.Integral)
+            # The host leaves out vectors of textual inversions made for encoders of another width, and pads the chunk.
+            wide = vector and width not in (None, token.shape[-1])
+            if word != [0]:
+                yield _Place(token, number, index, None if wide else start + index - left_out)
+            left_out += wide
+        start += len(chunk)
+
+
+def _keys(places: Sequence[_Place]) -> list[Hashable]:
+    return [place.key for place in places]
+
+
+def _template(prompt: Sequence[_Place], one: Sequence[_Place], other: Sequence[_Place]) -> _Template:
+    """What is around a prompt: what two different prompts have in common."""
+    before = common(_keys(one), _keys(other))
+    after = common(_keys(one)[::-1], _keys(other)[::-1])
+    tokens = (one[before].token, other[before].token)
     # A prompt that brings a template of its own is taken as it is.
-    return (leading, trailing) if mine[:leading] == one[:leading] else (0, 0)
+    known = _keys(prompt)[:before] == _keys(one)[:before]
+    return _Template(before, after, one[before].row, tokens) if known else _Template(0, 0, None, tokens)
+
+
+def _change_most(change: torch.Tensor, rows: list[int]) -> bool:
+    """Whether some rows are those that changed: all of them, and the first of all or the one that changed most."""
+    moved = change > _ROUNDING * change.max()
+    if not moved[rows].all():
+        return False
+    first = int(moved.nonzero()[0])
+    return first == rows[0] or (first == 0 and int(change.argmax()) in rows)
+
+
+def _texts(decode: Callable[[list[int]], str], tokens: Sequence[Any]) -> list[str]:
+    """The text of each token; that of a letter of several tokens is the first one's."""
+    texts = [""] * len(tokens)
+    ids: list[int] = []
+    text, first = "", None
+    for index, token in enumerate(tokens):
+        if not isinstance(token, numbers.Integral):
+            texts[index] = "(embedding)"
+            continue
+        ids.append(int(token))
+        first = index if first is None else first
+        # Tokens are decoded together with those before them: bytes of a letter make no sense alone.
+        longer = decode(ids)
+        if not longer.endswith("\ufffd"):
+            texts[first] = longer[len(text) :].strip()
+            text, first = longer, None
+    return texts
 
 
 def _decoder(wrapper: Any, name: str) -> Callable[[list[int]], str]:
@@ -117,16 +289,3 @@ def _decoder(wrapper: Any, name: str) -> Callable[[list[int]], str]:
         if hasattr(inner, "decode"):
             return functools.partial(inner.decode, **{"clean_up_tokenization_spaces": False} if foreign else {})
     raise ElrondError(f"ELROND does not know how this CLIP cuts text ({type(wrapper).__name__}).")
-
-
-def encode(clip: Any, prompt: str) -> Conditioning:
-    """What the stock CLIPTextEncode node returns."""
-    return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
-
-
-def dropped_rows(length: int, conditioning: Conditioning) -> int:
-    """How many of a prompt's `length` tokens, all at its front, have no row in its conditioning.
-
-    An encoder that drops a chat template returns fewer rows than tokens. Rows that one appends move none of the others.
-    """
-    return max(0, length - conditioning[0][0].shape[1])

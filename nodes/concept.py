@@ -65,7 +65,7 @@ class EncodeConcept(io.ComfyNode):
         cls, prompt: str | None = None, concept: str | None = None, occurrence: int | None = None
     ) -> bool | str:
         """Refuse what can be seen to be wrong before anything is computed."""
-        return first_error((_concepts, prompt, concept, occurrence))
+        return first_error((_concepts, prompt, concept), (_concepts, prompt, concept, occurrence))
 
     @classmethod
     def execute(cls, clip: object, prompt: str, concept: str, occurrence: int, row: int = 0) -> io.NodeOutput:
@@ -86,7 +86,7 @@ class EncodeConcept(io.ComfyNode):
         return io.NodeOutput(marked, "\n".join(lines))
 
 
-def _concepts(prompt: str, concept: str, occurrence: int) -> tuple[str, list[Span]]:
+def _concepts(prompt: str, concept: str, occurrence: int = 1) -> tuple[str, list[Span]]:
     """The prompt as it is encoded, and the places of its concepts in it."""
     if concept.strip():
         return prompt, [find_word(prompt, concept, occurrence - 1)]

@@ -151,8 +151,8 @@ class EncodedPrompt:
     def doubt(self, concepts: Sequence[Concept]) -> str:
         """Encode the prompt once more with other tokens at the concepts' rows, and compare.
 
-        An encoder whose rows depend on no later token must change none before the concepts'. Of any other, the row
-        that changes most for its length must be a concept's.
+        The first row that changes must be a concept's, as where rows depend on no later token, or else the one that
+        changes most for its length.
 
         Returns:
             a warning if that is not so, else nothing.
@@ -258,7 +258,7 @@ def _change_most(change: torch.Tensor, rows: list[int]) -> bool:
     if not moved[rows].all():
         return False
     first = int(moved.nonzero()[0])
-    return first == rows[0] or (first == 0 and int(change.argmax()) in rows)
+    return first == rows[0] or int(change.argmax()) in rows
 
 
 def _texts(decode: Callable[[list[int]], str], tokens: Sequence[Any]) -> list[str]:

@@ -7,6 +7,7 @@ import torch
 
 from elrond_core.directions import Directions
 from elrond_core.errors import ElrondError
+from elrond_core.prompt import occurrences
 from elrond_core.provenance import Provenance
 from elrond_core.steering.labels import Label, label, labelled, put_before
 
@@ -48,10 +49,14 @@ def test_one_end_only() -> None:
 
 
 def test_words_are_put_before_the_right_concept() -> None:
-    assert put_before("a cat and a Cat", "cat", 1, "young") == "a cat and a young Cat"
-    assert put_before("a (hot  dog:1.2)", "hot dog", 0, "big") == "a (big hot  dog:1.2)"
-    with pytest.raises(ElrondError, match="no occurrence 2 of 'cat'"):
-        put_before("a cat", "cat", 1, "young")
+    for prompt, concept, place, wanted in (
+        ("a cat and a Cat", "cat", 1, "a cat and a young Cat"),
+        ("a (hot  dog:1.2)", "hot dog", 0, "a (young hot  dog:1.2)"),
+        ("1girl, a girl", "girl", 0, "1girl, a young girl"),
+    ):
+        span = occurrences(prompt, concept)[place]
+        text, moved = put_before(prompt, span, "young")
+        assert text == wanted and moved.of(text) == span.of(prompt)
 
 
 def test_encoders_that_do_not_fit() -> None:

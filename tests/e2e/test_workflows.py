@@ -297,7 +297,7 @@ def sampled(node: Any, positive: dict[str, Any], **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("inputs", "pattern"),
     [
-        ({"prompt": "a thing", "concept": "dog"}, r"The concept 'dog' is not in the prompt, .* a \| thing\.$"),
+        ({"prompt": "a thing", "concept": "dog"}, "The concept 'dog' is not in the prompt 'a thing'"),
         ({"prompt": "a thing"}, "Name the concept"),
         ({"prompt": "a [thing"}, "do not match"),
         ({"prompt": "a [ ]"}, "empty brackets"),

@@ -191,7 +191,7 @@ def test_labels_look_at_the_occurrence_the_directions_are_for(
     """All rows of it, or a single one; the first where that is unclear."""
     origin = Provenance("Demo", "a red thing and a red thing", "red thing", rows=rows)
     with torch.inference_mode():
-        assert labels._occurrence(teacher.clip, origin) == place
+        assert labels._place(teacher.clip, origin) == ((2, 11), (18, 27))[place]
 
 
 def test_rows_that_an_encoder_appends_move_no_concept(
@@ -202,16 +202,16 @@ def test_rows_that_an_encoder_appends_move_no_concept(
             marked = nodes["ElrondEncodeConcept"].execute(teacher.clip, "a thing and a [thing]", "", 1).args[0]
             memory = host.marked(marked)[1]
             origin = Provenance("Demo", "a thing and a thing", "thing", rows=memory.concepts[0].rows)
-            rows = labels._rows(teacher.clip, "a thing and a thing", "thing", 1)
-            return memory.concepts, memory.words, labels._occurrence(teacher.clip, origin), rows.tolist()
+            span = labels._place(teacher.clip, origin)
+            return memory.concepts, memory.words, span, labels._rows(teacher.clip, origin.prompt, span).tolist()
 
-    expected, usual = found(), host.encode
+    expected, usual = found(), teacher.clip.encode_from_tokens_scheduled
 
-    def longer(clip: Any, prompt: str) -> Any:
-        return [[torch.nn.functional.pad(rows, (0, 0, 0, 3)), options] for rows, options in usual(clip, prompt)]
+    def longer(tokens: Any) -> Any:
+        return [[torch.nn.functional.pad(rows, (0, 0, 0, 3)), options] for rows, options in usual(tokens)]
 
-    monkeypatch.setattr(host, "encode", longer)
-    assert found() == expected and expected[2] == 1
+    monkeypatch.setattr(teacher.clip, "encode_from_tokens_scheduled", longer)
+    assert found() == expected and expected[2] == (14, 19)
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,7 @@ def test_rows_of_awkward_words(
 @pytest.mark.parametrize(
     ("prompt", "concept", "sentence"),
     [
-        ("a red ball", "dog", r"'dog' is not in the prompt, which the encoder cut as: a \| red \| ball"),
+        ("a red ball", "dog", "'dog' is not in the prompt 'a red ball'"),
         ("a red ball", "", "Name the concept"),
         ("a [red ball", "", "brackets"),
         ("a [] ball", "", "empty brackets"),

@@ -21,8 +21,8 @@ _WEIGHT = re.compile(r":\s*[-+\d.]+\s*(?=\))")
 # How other programs use brackets: [word:0.5], [from:to:0.5], [one|other].
 _OTHER_SYNTAX = re.compile(r":\s*[-+\d.]+\s*$|\|")
 _MEANING = (
-    "Brackets name the concept here, as in a [dog]; a weight is written (dog:0.5). A concept named in the concept "
-    "field leaves brackets alone."
+    "brackets name the concept, as in a [dog], and weights are written (dog:0.5); to keep brackets in the prompt, name "
+    "the concept in the concept field."
 )
 
 
@@ -92,14 +92,14 @@ def bracketed(prompt: str) -> tuple[str, list[Span]]:
         if not match[1].strip():
             raise ElrondError("The prompt has empty brackets; put the concept word inside them, as in a [dog].")
         if _OTHER_SYNTAX.search(match[1]):
-            raise ElrondError(f"{match[0]!r} in the prompt does not name a concept. {_MEANING}")
+            raise ElrondError(f"{match[0]!r} in the prompt is no concept: {_MEANING}")
         plain += prompt[end : match.start()]
         inner.append(Span(len(plain), len(plain) + len(match[1])))
         plain += match[1]
         end = match.end()
     plain += prompt[end:]
     if "[" in plain or "]" in plain:
-        raise ElrondError(f"The brackets in the prompt {prompt!r} are nested or do not match. {_MEANING}")
+        raise ElrondError(f"The brackets in the prompt {prompt!r} are nested or do not match: {_MEANING}")
     return plain, [_with_ending(plain, _without_weight(plain, span)) for span in inner]
 
 

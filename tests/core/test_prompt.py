@@ -34,7 +34,7 @@ def test_brackets_are_places(prompt: str, plain: str, places: list[tuple[int, in
     ["[blurry:0.5], [thing]", "[cat:dog:0.5]", "a [cat|dog]", "[[thing]]", "a [thing", "a thing]", "[a [b] c]"],
 )
 def test_brackets_that_mean_something_else(prompt: str) -> None:
-    with pytest.raises(ElrondError, match=r"Brackets name the concept here, as in a \[dog\]; a weight is written"):
+    with pytest.raises(ElrondError, match=r": brackets name the concept, as in a \[dog\], and weights are written"):
         bracketed(prompt)
 
 

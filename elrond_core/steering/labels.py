@@ -9,7 +9,6 @@ import torch
 
 from ..decompose.words import word_moves
 from ..directions import Directions
-from ..errors import ElrondError
 from ..prompt import Span
 
 

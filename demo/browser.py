@@ -49,7 +49,12 @@ def post(server: Server, path: str, body: Any) -> None:
 
 
 def open_page(
-    server: Server, browser: Any, theme: str = "dark", without: str = "", size: tuple[int, int] = (1500, 950)
+    server: Server,
+    browser: Any,
+    theme: str = "dark",
+    without: str = "",
+    size: tuple[int, int] = (1500, 950),
+    settings: dict[str, Any] | None = None,
 ) -> Any:
     """A page with the frontend ready; `page.said` collects what the console had to complain about.
 
@@ -59,12 +64,13 @@ def open_page(
         theme: the frontend's colour palette.
         without: the name of a script that is not to be loaded.
         size: width and height of the page in pixels.
+        settings: further settings of the frontend.
     """
     # The first start of a fresh installation shows the template browser instead of a graph.
-    settings = {"Comfy.TutorialCompleted": True, "Comfy.ColorPalette": theme, "Comfy.Workflow.Persist": False}
+    usual = {"Comfy.TutorialCompleted": True, "Comfy.ColorPalette": theme, "Comfy.Workflow.Persist": False}
     # So that text can be read in pictures of whole workflows.
-    settings |= {"LiteGraph.Canvas.MinFontSizeForLOD": 0, "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0}
-    post(server, "/settings", settings)
+    usual |= {"LiteGraph.Canvas.MinFontSizeForLOD": 0, "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0}
+    post(server, "/settings", {**usual, **(settings or {})})
     context = browser.new_context(viewport={"width": size[0], "height": size[1]})
     context.set_default_timeout(PATIENCE)
     page = context.new_page()

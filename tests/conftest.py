@@ -50,8 +50,13 @@ def pack(host: ModuleType) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A running ComfyUI with this pack, shared by all tests that only send it graphs."""
+    """A running ComfyUI with this pack, shared by all tests that only send it graphs.
+
+    `ELROND_FRONTEND` names the `static` folder of another frontend than the one that the host's version pins.
+    """
     from demo.server import Server
 
-    with Server(tmp_path_factory.mktemp("server-output")) as running:
+    frontend = os.environ.get("ELROND_FRONTEND")
+    extra = ["--front-end-root", frontend] if frontend else []
+    with Server(tmp_path_factory.mktemp("server-output"), extra=extra) as running:
         yield running

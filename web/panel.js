@@ -4,6 +4,7 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { allNodes, effectiveWidget, feeding, pathsTo } from "./graph.js";
 
 const LOAD = "ElrondLoadDirections";
 const APPLY = "ElrondApplyDirection";
@@ -11,7 +12,8 @@ const CLOSED_HEIGHT = 34;
 const LEAST_WIDTH = 360;
 const LINE_HEIGHT = 24;
 const MOST_ROWS = 6;
-const panels = new Set();
+// Milliseconds between looks at the widgets: a widget on the face of a subgraph calls no node's callback.
+const LOOK_EVERY = 250;
 
 const STYLE = `
 .elrond-panel { display: flex; flex-direction: column; gap: 4px; height: 100%; overflow: hidden; box-sizing: border-box;
@@ -27,7 +29,8 @@ const STYLE = `
 .elrond-panel input[type="number"] { width: 58px; box-sizing: border-box; }
 .elrond-panel .elrond-bar label { display: flex; gap: 4px; align-items: center; margin-left: auto; }
 .elrond-panel ::placeholder { color: inherit; opacity: 0.8; }
-.elrond-panel ul { list-style: none; margin: 0; padding: 0; overflow: auto; flex: 1; min-height: 0; }
+.elrond-panel ul { list-style: none; margin: 0; padding: 0; overflow: auto; flex: 1; min-height: 0;
+  overscroll-behavior: contain; }
 .elrond-panel li { display: flex; gap: 6px; align-items: center; padding: 2px 0; }
 .elrond-panel li + li { border-top: 1px solid var(--border-color, #4e4e4e); }
 .elrond-panel .elrond-lines { flex: 1; min-width: 0; }
@@ -54,17 +57,9 @@ function make(tag, settings = {}, ...children) {
   return element;
 }
 
-function widgetOf(node, name) {
-  return node?.widgets?.find((widget) => widget.name === name);
-}
-
-/** Call `after` whenever a widget is changed, by hand or by another script. */
-function follow(widget, after) {
-  const before = widget.callback;
-  widget.callback = function (...values) {
-    before?.apply(this, values);
-    after();
-  };
+/** The panels of all nodes that are in the workflow. */
+function panels() {
+  return allNodes().flatMap((node) => node.elrondPanel ?? []);
 }
 
 async function ask(path, change) {
@@ -99,6 +94,7 @@ class Panel {
     this.node = node;
     this.steers = node.comfyClass === APPLY;
     this.file = null; // what /elrond/directions said
+    this.problem = ""; // why there is no file
     this.asked = 0;
     this.build();
     const height = () => this.height();
@@ -108,7 +104,6 @@ class Panel {
       getMaxHeight: height,
     });
     this.widget.serialize = false;
-    panels.add(this);
     this.listen();
   }
 
@@ -117,8 +112,29 @@ class Panel {
     return (this.node.properties.elrond ??= {});
   }
 
+  /** The widgets whose values count for an input of this node, one a use of the subgraph; null where a node feeds it. */
+  effective(name) {
+    return [...new Set(pathsTo(this.node.graph).map((path) => effectiveWidget(this.node, name, path)))];
+  }
+
+  /** The widget that the sliders write to; null if there is not just one. */
   get strengths() {
-    return widgetOf(this.node, "strengths");
+    const widgets = this.effective("strengths");
+    return widgets.length === 1 ? widgets[0] : null;
+  }
+
+  get unit() {
+    return this.effective("unit")[0]?.value;
+  }
+
+  /** The widgets that name the file: of this node, or of the one that the directions come from; one a use. */
+  get names() {
+    const found = new Set();
+    for (const path of pathsTo(this.node.graph)) {
+      const loader = this.steers ? feeding(this.node, "directions", path) : { node: this.node, path };
+      if (loader?.node.comfyClass === LOAD) found.add(effectiveWidget(loader.node, "name", loader.path));
+    }
+    return [...found];
   }
 
   height() {
@@ -131,14 +147,11 @@ class Panel {
     return (this.steers ? 2 : 1) * LINE_HEIGHT + 5;
   }
 
-  /** Whether the strengths come from another node, so that nothing written here would count. */
-  get wired() {
-    return this.node.inputs?.find((input) => input.name === "strengths")?.link != null;
-  }
-
   build() {
     this.head = make("button", { type: "button", className: "elrond-head", onclick: () => this.toggle() });
     this.list = make("ul", { "aria-label": "Directions" });
+    // Where the frontend lays nodes out by their content, the list itself must be limited.
+    this.list.style.maxHeight = `${MOST_ROWS * this.rowHeight}px`;
     this.status = make("div", { role: "status" });
     this.starred = make("input", { type: "checkbox", onchange: () => this.draw() });
     this.bar = make("div", { className: "elrond-bar" });
@@ -156,7 +169,7 @@ class Panel {
           type: "button",
           textContent: "Off",
           title: "Switch all off; index and strength act again",
-          onclick: () => this.write(new Map()),
+          onclick: () => this.strengths && this.write(new Map()),
         }),
       );
     }
@@ -176,7 +189,6 @@ class Panel {
       if (!event.ctrlKey && !event.metaKey) event.stopPropagation();
     });
     this.root.addEventListener("pointerdown", (event) => event.stopPropagation());
-    this.list.addEventListener("wheel", (event) => event.stopPropagation());
   }
 
   /** Two fields for the lowest and the highest strength of one slider, or of all that have none of their own. */
@@ -200,11 +212,6 @@ class Panel {
     };
     chain("onConfigure", () => this.later());
     chain("onConnectionsChange", () => this.later());
-    chain("onRemoved", () => panels.delete(this));
-    const name = widgetOf(node, "name");
-    // Panels of other nodes may show this file too.
-    if (name) follow(name, () => panels.forEach((panel) => panel.later()));
-    for (const widget of [this.strengths, widgetOf(node, "unit")]) if (widget) follow(widget, () => this.draw());
     this.later();
   }
 
@@ -214,32 +221,43 @@ class Panel {
     this.timer = setTimeout(() => this.refresh(), 0);
   }
 
-  /** The node that loads the file: this one, or the one that the directions come from. */
-  loader() {
-    let { node } = this;
-    const slot = node.inputs?.findIndex((input) => input.name === "directions");
-    if (this.steers) node = slot >= 0 ? node.getInputNode(slot) : null;
-    while (node?.type === "Reroute") node = node.getInputNode(0);
-    return node?.comfyClass === LOAD ? node : null;
+  /** Follow the values, whoever changed them. */
+  look() {
+    const names = JSON.stringify(this.names.map((widget) => widget?.value));
+    const values = this.steers && JSON.stringify([this.effective("strengths").map((widget) => widget?.value), this.unit]);
+    const renamed = names !== this.seen?.names;
+    const changed = values !== this.seen?.values;
+    this.seen = { names, values };
+    if (renamed) this.later();
+    else if (changed) this.draw();
   }
 
   async refresh(anew = false) {
-    const loader = this.loader();
-    const name = widgetOf(loader, "name")?.value;
+    // A node that was removed, or is being moved into a subgraph, has no graph.
+    if (!this.node.graph) return;
+    const widgets = this.names;
+    const names = new Set(widgets.map((widget) => widget?.value));
+    const [name] = names;
     const asked = ++this.asked;
     let said = "";
     let file = null;
     try {
-      if (anew && loader) widgetOf(loader, "name").options.values = (await ask("/elrond/files")).names;
-      if (name) file = await ask(`/elrond/directions?name=${encodeURIComponent(name)}`);
-      else said = this.steers ? "Connect Load Directions itself to see its directions here." : "No file yet.";
+      if (anew && widgets.length) {
+        const values = (await ask("/elrond/files")).names;
+        for (const widget of widgets) if (widget?.options) widget.options.values = values;
+      }
+      if (names.size > 1) said = "Each use of this subgraph has a file of its own; look at one outside of it.";
+      else if (name) file = await ask(`/elrond/directions?name=${encodeURIComponent(name)}`);
+      else if (widgets.length && !widgets[0]) said = "The file's name comes from another node.";
+      else said = this.steers ? "Connect Load Directions to see its directions here." : "No file yet.";
     } catch (error) {
       said = error.message;
     }
     // A slower answer to an earlier question is out of date.
     if (asked !== this.asked) return;
     this.file = file;
-    this.draw(said);
+    this.problem = said;
+    this.draw();
     this.fit();
   }
 
@@ -264,7 +282,7 @@ class Panel {
 
   /** Both ends of a slider, or of all that have none of their own. */
   range(index) {
-    const reach = widgetOf(this.node, "unit")?.value === "absolute" ? 60 : 1;
+    const reach = this.unit === "absolute" ? 60 : 1;
     return [...(this.kept.ranges?.[index] ?? this.kept.range ?? [-reach, reach])];
   }
 
@@ -287,14 +305,17 @@ class Panel {
   /** Write strengths to the node's widget; all else follows from it. */
   write(strengths) {
     const text = format(strengths);
-    if (this.strengths.value === text) return;
-    this.strengths.value = text;
-    this.strengths.callback?.(text);
-    this.node.graph?.change?.();
+    const widget = this.strengths;
+    if (widget.value !== text) {
+      widget.value = text;
+      widget.callback?.(text);
+      this.node.graph?.change?.();
+    }
+    this.draw();
   }
 
   randomise() {
-    const chosen = [...parse(this.strengths.value).keys()];
+    const chosen = [...parse(this.strengths?.value).keys()];
     if (!chosen.length) return this.draw("Switch on the directions to randomise first.");
     const drawn = (index) => {
       const [lowest, highest] = this.range(index);
@@ -307,13 +328,13 @@ class Panel {
     try {
       this.file = await ask("/elrond/directions", { name: this.file.name, ...change });
       this.draw();
-      panels.forEach((panel) => panel !== this && panel.file?.name === this.file.name && panel.later());
+      panels().forEach((panel) => panel !== this && panel.file?.name === this.file.name && panel.later());
     } catch (error) {
       this.draw(error.message);
     }
   }
 
-  draw(said = "") {
+  draw(said = this.problem) {
     const open = Boolean(this.kept.open);
     const count = this.file?.directions.length;
     this.head.textContent = `${open ? "▾" : "▸"} ${count ? `${count} directions of “${this.file.concept}”` : "Directions"}`;
@@ -326,7 +347,12 @@ class Panel {
     this.arrange(some, on);
     const beyond = count === undefined ? [] : [...on.keys()].filter((index) => index >= count);
     if (!said && beyond.length) said = `This file has no direction ${beyond.join(", ")}.`;
-    if (!said && this.wired) said = "The strengths come from another node, so the sliders are off.";
+    if (!said && this.steers && !this.strengths) {
+      const one = this.effective("strengths").length === 1;
+      said = one
+        ? "The strengths come from another node, so the sliders are off."
+        : "Each use of this subgraph has strengths of its own: set them on its face.";
+    }
     if (!said && this.steers && count && !on.size) said = "No slider is on: index and strength are used.";
     this.status.textContent = said;
     this.status.title = said;
@@ -414,7 +440,7 @@ class Panel {
     [lowest, highest].forEach((end, place) => (parts.ends[place].value = end));
     parts.more.title = `Ends of the slider of ${title}`;
     parts.more.setAttribute("aria-label", parts.more.title);
-    for (const part of [parts.on, parts.slider, parts.value]) part.disabled = this.wired;
+    for (const part of [parts.on, parts.slider, parts.value]) part.disabled = !this.strengths;
   }
 
   switch(index, on) {
@@ -438,12 +464,20 @@ function round(value) {
   return Number(value.toFixed(4));
 }
 
+/** A list that can scroll does; the canvas, which listens before the list is asked, does not zoom. */
+function scrollLists(event) {
+  const list = event.target.closest?.(".elrond-panel ul");
+  if (list && list.scrollHeight > list.clientHeight && !event.ctrlKey && !event.metaKey) event.stopPropagation();
+}
+
 app.registerExtension({
   name: "elrond.panel",
   setup() {
     document.head.append(make("style", { textContent: STYLE }));
+    window.addEventListener("wheel", scrollLists, { capture: true, passive: true });
     // A graph that ran may have saved directions or made thumbnails.
-    api.addEventListener("execution_success", () => panels.forEach((panel) => panel.kept.open && panel.refresh(true)));
+    api.addEventListener("execution_success", () => panels().forEach((panel) => panel.kept.open && panel.refresh(true)));
+    setInterval(() => panels().forEach((panel) => panel.look()), LOOK_EVERY);
   },
   nodeCreated(node) {
     if (node.comfyClass === LOAD || node.comfyClass === APPLY) node.elrondPanel = new Panel(node);

@@ -1,137 +1,22 @@
-"""The pack in the host's own frontend, in a real browser: Debian's Chromium, headless, with a fresh profile.
-
-Screenshots go to `output/browser`.
-"""
+"""The pack in the host's own frontend, in a real browser."""
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from demo.browser import NO_CHROMIUM, PATIENCE, chromium, find_chromium, open_page, post, run_graph
+from demo.browser import PATIENCE, open_page, post
 from demo.server import Server
 from elrond_core.directions import Directions
 from elrond_core.provenance import Provenance
 from elrond_core.storage.format import load_directions, save_directions
+from tests.e2e.pages import ROOT, contrast, graph, queued, run, shot, show, strengths, swept
 
-pytest.importorskip("playwright.sync_api", reason="The browser tests need the playwright package.")
-
-ROOT = Path(__file__).parents[2]
-SHOTS = ROOT / "output" / "browser"
 NAMES = ["complexity", "discover", "diversify", "steer"]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if find_chromium() is None:
-        pytest.skip(NO_CHROMIUM)
-    with chromium() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def page(server: Server, browser: Any) -> Iterator[Any]:
-    found = open_page(server, browser)
-    yield found
-    found.context.close()
-
-
-@pytest.fixture(scope="module")
-def stored(server: Server) -> str:
-    """A directions file of the test's own, of the demo model's family, that tests may change."""
-    shipped = load_directions(ROOT / "demo" / "directions" / "demo thing.safetensors")
-    save_directions(shipped, server.output / "elrond" / "directions" / "browser.safetensors")
-    return "browser"
-
-
-def graph(file: str) -> dict[str, Any]:
-    """Directions loaded, applied and sampled, small enough for seconds."""
-
-    def node(kind: str, **inputs: Any) -> dict[str, Any]:
-        return {"class_type": kind, "inputs": inputs, "_meta": {"title": kind}}
-
-    steering = {"index": 0, "strength": 0.0, "unit": "token norms", "start": 0.0, "end": 1.0, "concept": ""}
-    sampling = {"seed": 5, "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
-    return {
-        "1": node("ElrondLoadDemoModel", name="student"),
-        "2": node("ElrondEncodeConcept", clip=["1", 1], prompt="a [thing]", concept="", occurrence=1),
-        "3": node("ElrondLoadDirections", name=file),
-        "4": node("ElrondApplyDirection", conditioning=["2", 0], directions=["3", 0], strengths="", **steering),
-        "5": node("EmptyLatentImage", width=64, height=64, batch_size=1),
-        "6": node("KSampler", model=["1", 0], positive=["4", 0], negative=["2", 0], latent_image=["5", 0], **sampling),
-        "7": node("VAEDecode", samples=["6", 0], vae=["1", 2]),
-        "8": node("PreviewImage", images=["7", 0]),
-    }
-
-
-def swept(file: str) -> dict[str, Any]:
-    """A graph that makes thumbnails of the first three directions."""
-    settings = {"which": "0-2", "lowest": -0.8, "highest": 0.8, "columns": 3, "unit": "token norms", "seed": 1}
-    settings |= {"width": 64, "height": 64, "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
-    settings |= {"batch_size": 3, "cell": 96, "concept": "", "thumbnails": True}
-    wires = {"model": ["1", 0], "positive": ["2", 0], "directions": ["3", 0], "vae": ["1", 2]}
-    nodes = {key: node for key, node in graph(file).items() if key in "123"}
-    return {
-        **nodes,
-        "4": {"class_type": "ElrondDirectionSweep", "inputs": {**wires, **settings}},
-        "5": {"class_type": "PreviewImage", "inputs": {"images": ["4", 0]}},
-    }
-
-
-def show(page: Any, file: str) -> None:
-    """Open the graph with both panels unfolded, Apply Direction in the middle of the view."""
-    page.evaluate("async (graph) => await window.app.loadApiJson(graph, 'browser')", graph(file))
-    page.evaluate(
-        """() => {
-            const { app } = window;
-            const load = app.graph.getNodeById(3), apply = app.graph.getNodeById(4);
-            load.pos = [0, 0];
-            apply.pos = [500, 0];
-            for (const node of [load, apply]) node.setSize([460, node.size[1]]);
-            const seed = app.graph.getNodeById(6).widgets.find((w) => w.name === 'control_after_generate');
-            if (seed) seed.value = 'fixed';
-            app.canvas.ds.scale = 1;
-            app.canvas.ds.offset = [120, 120];
-            app.canvas.setDirty(true, true);
-        }"""
-    )
-    for index in (0, 1):
-        head = page.locator(".elrond-head").nth(index)
-        head.wait_for()
-        if head.get_attribute("aria-expanded") != "true":
-            head.click()
-    page.locator(".elrond-panel li").first.wait_for()
-    page.locator('.elrond-panel input[type="range"]').first.wait_for()
-
-
-def strengths(page: Any) -> str:
-    return page.evaluate("() => window.app.graph.getNodeById(4).widgets.find((w) => w.name === 'strengths').value")
-
-
-def run(page: Any, server: Server, node: str) -> list[np.ndarray]:
-    """The pictures that a node of the graph on the page shows, queued as the button does."""
-    run_graph(page)
-    images = page.evaluate(f"() => window.app.nodeOutputs['{node}'].images")
-    return [np.asarray(Image.open(io.BytesIO(server.view(i))).convert("RGB"), dtype=np.int64) for i in images]
-
-
-def queued(page: Any, server: Server) -> np.ndarray:
-    """The picture of the graph that `show` opens."""
-    (picture,) = run(page, server, "8")
-    return picture
-
-
-def shot(page: Any, name: str) -> None:
-    SHOTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=SHOTS / f"{name}.png")
 
 
 def test_the_pack_loads_without_a_console_error(page: Any) -> None:
@@ -401,21 +286,6 @@ def test_the_panel_can_be_read(server: Server, browser: Any, stored: str, theme:
         assert contrast(text, ground) >= 4.5, (theme, text, ground)
     assert page.said[before:] == []
     page.context.close()
-
-
-def contrast(first: str, second: str) -> float:
-    """The contrast ratio of two CSS colours, as the accessibility guidelines define it."""
-    levels = []
-    for colour in (first, second):
-        digits = colour.lstrip("#")
-        if colour.startswith("#"):
-            digits = "".join(2 * d for d in digits) if len(digits) == 3 else digits
-            rgb = [int(digits[i : i + 2], 16) for i in (0, 2, 4)]
-        else:
-            rgb = [float(part) for part in colour.split("(")[1].rstrip(")").split(",")[:3]]
-        linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
-        levels.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
-    return (max(levels) + 0.05) / (min(levels) + 0.05)
 
 
 def test_without_the_script_plain_widgets_remain(server: Server, browser: Any, stored: str) -> None:

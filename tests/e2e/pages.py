@@ -111,3 +111,13 @@ def contrast(first: str, second: str) -> float:
         linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
         levels.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
     return (max(levels) + 0.05) / (min(levels) + 0.05)
+
+
+def overlapping(boxes: list[list[Any]]) -> list[tuple[Any, Any]]:
+    """Nodes that lie on one another; a box is a name, left, top, width and height, its title the 30 pixels above."""
+    return [
+        (kind, other)
+        for i, (kind, x, y, width, height) in enumerate(boxes)
+        for other, x2, y2, width2, height2 in boxes[:i]
+        if not (x + width <= x2 or x2 + width2 <= x or y + height <= y2 - 30 or y2 + height2 <= y - 30)
+    ]

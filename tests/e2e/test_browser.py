@@ -14,7 +14,7 @@ from demo.server import Server
 from elrond_core.directions import Directions
 from elrond_core.provenance import Provenance
 from elrond_core.storage.format import load_directions, save_directions
-from tests.e2e.pages import ROOT, contrast, graph, queued, run, shot, show, strengths, swept
+from tests.e2e.pages import ROOT, contrast, graph, overlapping, queued, run, shot, show, strengths, swept
 
 NAMES = ["complexity", "discover", "diversify", "steer"]
 
@@ -53,10 +53,8 @@ def test_every_workflow_opens_as_it_is_shipped(page: Any, name: str) -> None:
         head.evaluate("(head) => head.click()")
     page.wait_for_timeout(1500)
     boxes = page.evaluate("() => window.app.graph.nodes.map((n) => [n.type, ...n.pos, ...n.size])")
-    for i, (kind, x, y, width, height) in enumerate(boxes):
-        for other, x2, y2, width2, height2 in boxes[:i]:
-            apart = x + width <= x2 or x2 + width2 <= x or y + height <= y2 - 30 or y2 + height2 <= y - 30
-            assert apart, (kind, other)
+    assert overlapping(boxes) == []
+    for kind, x, y, width, height in boxes:
         if kind != "MarkdownNote":
             groups = [group["bounding"] for group in workflow["groups"]]
             assert any(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from demo.browser import PATIENCE, open_page
+from demo.browser import PATIENCE, open_page, post
 from demo.server import Server
 from elrond_core.directions import Directions
 from elrond_core.provenance import Provenance
 from elrond_core.storage.format import load_directions, save_directions
-from tests.e2e.pages import queued, shot, show
+from tests.e2e.pages import ROOT, overlapping, queued, shot, show
 
 LOAD, APPLY = 3, 4
 # Wraps some nodes of the root graph into a subgraph, called by its name afterwards.
@@ -196,24 +197,48 @@ def test_panels_of_removed_nodes_ask_for_nothing(quiet: Any, stored: str) -> Non
     assert asked == []
 
 
-def test_nodes_2_keep_a_long_list_short(server: Server, browser: Any) -> None:
+@pytest.fixture
+def nodes_2(server: Server, browser: Any) -> Iterator[Any]:
+    """A page with nodes drawn the newer way."""
+    page = open_page(server, browser, settings={"Comfy.VueNodes.Enabled": True})
+    yield page
+    page.context.close()
+    post(server, "/settings", {"Comfy.VueNodes.Enabled": False})
+
+
+def test_nodes_2_keep_a_long_list_short(nodes_2: Any, server: Server) -> None:
     """Twenty directions scroll in a list as tall as six, and the wheel over it does not zoom the canvas."""
     names = tuple(f"number {i}" for i in range(20))
     twenty = Directions(torch.eye(128)[:20, None], torch.ones(20), {}, Provenance("Demo", "a thing", "thing"), names)
     save_directions(twenty, server.output / "elrond" / "directions" / "twenty.safetensors")
-    page = open_page(server, browser, settings={"Comfy.VueNodes.Enabled": True})
-    try:
-        show(page, "twenty")
-        page.get_by_label("Strength of number 19", exact=True).wait_for(state="attached")
-        box = page.locator(".elrond-panel ul").nth(1).bounding_box()
-        rows = page.locator(".elrond-panel ul").nth(1).locator("li")
-        assert box["height"] < 7 * rows.first.bounding_box()["height"]
-        page.mouse.move(box["x"] + 200, box["y"] + 40)
-        before = page.evaluate("() => window.app.canvas.ds.scale")
-        page.mouse.wheel(0, 90)
-        page.wait_for_function("() => document.querySelectorAll('.elrond-panel ul')[1].scrollTop > 0")
-        assert page.evaluate("() => window.app.canvas.ds.scale") == before
-        shot(page, "nodes-2")
-    finally:
-        page.context.close()
-        open_page(server, browser, settings={"Comfy.VueNodes.Enabled": False}).context.close()
+    page = nodes_2
+    show(page, "twenty")
+    page.get_by_label("Strength of number 19", exact=True).wait_for(state="attached")
+    listed = page.locator(".elrond-panel ul").nth(1)
+    box = listed.bounding_box()
+    assert box["height"] < 7 * listed.locator("li").first.bounding_box()["height"]
+    page.mouse.move(box["x"] + 200, box["y"] + 40)
+    before = page.evaluate("() => window.app.canvas.ds.scale")
+    page.mouse.wheel(0, 90)
+    page.wait_for_function("() => document.querySelectorAll('.elrond-panel ul')[1].scrollTop > 0")
+    assert page.evaluate("() => window.app.canvas.ds.scale") == before
+    shot(page, "nodes-2")
+
+
+def test_nodes_2_do_not_overlap_in_the_workflows(nodes_2: Any) -> None:
+    page = nodes_2
+    for path in sorted((ROOT / "workflows").glob("*.json")):
+        workflow = json.loads(path.read_text(encoding="utf-8"))
+        page.evaluate("async (graph) => await window.app.loadGraphData(graph, true, true, 'opened')", workflow)
+        page.wait_for_function(
+            "() => window.app.graph.nodes.every((n) => document.querySelector(`.lg-node[data-node-id='${n.id}']`))"
+        )
+        page.wait_for_timeout(1000)
+        boxes = page.evaluate(
+            """() => window.app.graph.nodes.map((node) => {
+                const drawn = document.querySelector(`.lg-node[data-node-id='${node.id}']`);
+                return [node.type, ...node.pos, drawn.offsetWidth, drawn.offsetHeight - 30];
+            })"""
+        )
+        assert len(boxes) == len(workflow["nodes"])
+        assert overlapping(boxes) == [], path.name

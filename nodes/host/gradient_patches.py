@@ -68,8 +68,9 @@ def differentiable() -> Iterator[None]:
         undo.enter_context(torch.no_grad())
         # Turns fused kernels off.
         undo.enter_context(replaced_attribute(comfy.model_management, "in_training", True))
-        # Replays recorded kernels in recorded memory, without a graph for the backward pass.
-        undo.enter_context(replaced_attribute(comfy.cli_args.args, "disable_comfy_compiler", True))
+        # Both replay recorded kernels in recorded memory, without a graph for the backward pass.
+        for option in ("disable_comfy_compiler", "disable_cuda_graphs"):
+            undo.enter_context(replaced_attribute(comfy.cli_args.args, option, True))
         lasting = functools.partial(_lasting, comfy.ops.cast_bias_weight)
         undo.enter_context(replaced_attribute(comfy.ops, "cast_bias_weight", lasting))
         # Hooks give the model other weights from one pass to the next; the backward pass needs those of each.

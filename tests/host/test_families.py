@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from comfy.ldm.modules import attention
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras import nodes_model_advanced
 from comfyui_elrond.elrond_core.collect.checkpointing import SavedTensors
 from comfyui_elrond.elrond_core.collect.collection import CollectionPlan, collect
@@ -437,32 +438,59 @@ def test_weights_that_are_only_lent_are_not_copied() -> None:
     assert layers[1].weight is given[1]
 
 
-def test_ways_to_compute_without_a_derivative_are_off_for_the_time_being(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(SD)
-    settings = (
-        (comfy.model_management, "in_training", False, True),
-        (comfy.cli_args.args, "disable_comfy_compiler", False, True),
-    )
-    for owner, name, before, _ in settings:
-        monkeypatch.setattr(owner, name, before, raising=False)
-    cast, linear = comfy.ops.cast_bias_weight, comfy.ops.fp8_linear
-    # What a newer family keeps of the text for the steps to come.
-    network = model.model.diffusion_model
-    network.prefix_cache_enabled = True
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (comfy.model_management, "in_training"),
+        (comfy.cli_args.args, "disable_comfy_compiler"),
+        (comfy.cli_args.args, "disable_cuda_graphs"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_ways_to_compute_without_a_derivative_are_off_for_the_time_being(
+    owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hasattr(owner, name):
+        pytest.skip(f"ComfyUI {HOST_VERSION} has no setting {name}")
+    monkeypatch.setattr(owner, name, False)
 
     def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> None:
-        for owner, name, _, during in settings:
-            assert getattr(owner, name) is during
-        assert comfy.ops.cast_bias_weight is not cast and comfy.ops.fp8_linear is not linear
-        assert network.prefix_cache_enabled is False
+        assert getattr(owner, name) is True
         raise RuntimeError("stop here")
 
     with pytest.raises(RuntimeError, match="stop here"):
-        visit(SD, model, prompt(SD), work)
-    for owner, name, before, _ in settings:
-        assert getattr(owner, name) is before
-    assert comfy.ops.cast_bias_weight is cast and comfy.ops.fp8_linear is linear
-    assert network.prefix_cache_enabled is True
+        visit(SD, build(SD), prompt(SD), work)
+    assert getattr(owner, name) is False
+
+
+class _Keeping(torch.nn.Module):
+    """As newer families do with the text: what one call computed serves the next."""
+
+    prefix_cache_enabled = True
+    kept: torch.Tensor | None = None
+
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
+        if not self.prefix_cache_enabled or self.kept is None:
+            self.kept = 2 * text
+        return self.kept
+
+
+def test_what_an_earlier_call_left_is_not_used() -> None:
+    network = torch.nn.Sequential(_Keeping())
+    network(torch.ones(1))
+    with gradient_patches.exact(network):
+        assert network(torch.full((1,), 3.0)) == 6
+    assert network(torch.full((1,), 4.0)) == 6
+
+
+def test_a_compiled_model() -> None:
+    """As the stock TorchCompileModel node makes it, here of one block and by the back end that needs no C compiler."""
+    model = build(SD)
+    compiled = model.clone()
+    set_torch_compile_wrapper(
+        compiled, backend="aot_eager", keys=["diffusion_model.middle_block.1.transformer_blocks.0"]
+    )
+    torch.testing.assert_close(gradient_of(SD, compiled), gradient_of(SD, model), rtol=1e-5, atol=1e-6)
 
 
 def test_settings_that_this_host_does_not_have_stay_away() -> None:

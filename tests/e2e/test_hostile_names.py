@@ -51,7 +51,7 @@ def page(server: Server, browser: Any) -> Iterator[Any]:
         scores=shipped.scores[:1].repeat(count),
         names=tuple(NAMES),
         stars=(False,) * count,
-        reach=(),
+        natural_std=(),
         densities=(),
         score_name=NAMES[0],
         method={NAMES[0]: NAMES[1]},

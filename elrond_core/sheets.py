@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .errors import ElrondError
+from .storage.atomic_write import atomic_write, make_folder, reason
 
 
 def contact_sheet(
@@ -60,7 +62,7 @@ def contact_sheet(
 
 
 def save_strip(images: torch.Tensor, path: Path, cell: int = 64) -> None:
-    """Write a few images (N, H, W, 3) side by side as a small PNG; its folder is made if missing.
+    """Write a few images (N, H, W, 3) side by side as a small PNG, whole or not at all; its folder is made if missing.
 
     Raises:
         ElrondError: if it cannot be written.
@@ -68,11 +70,13 @@ def save_strip(images: torch.Tensor, path: Path, cell: int = 64) -> None:
     strip = Image.new("RGB", (len(images) * cell, cell))
     for place, pixels in enumerate(images):
         strip.paste(_pillow(pixels).resize((cell, cell), Image.Resampling.BICUBIC), (place * cell, 0))
+    content = io.BytesIO()
+    strip.save(content, "png")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        strip.save(path)
+        make_folder(path.parent)
+        atomic_write(path, content.getvalue())
     except OSError as error:
-        raise ElrondError(f"{path.name} could not be written: {error.strerror or error}.") from error
+        raise ElrondError(f"{path.name} could not be written: {reason(error)}.") from error
 
 
 def _pillow(pixels: torch.Tensor) -> Image.Image:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 import torch
 from PIL import Image
@@ -36,3 +39,17 @@ def test_a_strip_is_written(tmp_path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ElrondError, match="could not be written"):
         save_strip(torch.rand(1, 8, 8, 3), tmp_path / "file" / "strip.png")
+
+
+def test_a_strip_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "strip.png"
+    save_strip(torch.zeros(3, 16, 16, 3), path, cell=32)
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ElrondError, match=r"^strip\.png could not be written: the disk is full; free some space\.$"):
+        save_strip(torch.ones(3, 16, 16, 3), path, cell=32)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

@@ -218,7 +218,9 @@ class Bench:
                 found, _ = gradient(denoiser, start, targets(indices), noise(indices), self.sigma)
                 return found.transpose(0, 1).flatten(2)
 
-            return host.visit(self.demo.model, self.positive, None, self.demo.cfg, torch.zeros(1, *SHAPE), 0, work)
+            return host.with_denoiser(
+                self.demo.model, self.positive, None, self.demo.cfg, torch.zeros(1, *SHAPE), 0, work
+            )
 
         return self.kept(name, count, make)
 

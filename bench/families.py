@@ -324,7 +324,7 @@ def costs(model: Any, family: Family, size: int, twice: bool, count: bool) -> di
         return {**found, "computed_twice": denoiser.recomputes}
 
     latents = normal(shape, 0, "latents", list(range(1 + max(TARGETS))))
-    return host.visit(model, prompt(family), None, 1.0, latents, 0, work)
+    return host.with_denoiser(model, prompt(family), None, 1.0, latents, 0, work)
 
 
 def measured(model: Any, family: Family, weights: float, small: bool, deadline: float) -> dict[str, Any]:

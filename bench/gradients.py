@@ -186,7 +186,7 @@ def memory() -> None:
                 return highest, (denoiser.footprint.plain, denoiser.footprint.checkpointed), took
 
             latents = normal((4, side, side), 0, "latents", [0, 1])
-            highest, needs, took = host.visit(model, prompt(side), None, 1.0, latents, 0, work)
+            highest, needs, took = host.with_denoiser(model, prompt(side), None, 1.0, latents, 0, work)
             found[recomputes][side] = highest / 2**30
             kind = "recomputed" if recomputes else "kept"
             print(
@@ -304,7 +304,7 @@ def ours(
         spent["backward"] = clock() - started - timed.forward
         return torch.cat(found)
 
-    return host.visit(model, prompt(SIDE), None, 1.0, latents, 0, work), spent
+    return host.with_denoiser(model, prompt(SIDE), None, 1.0, latents, 0, work), spent
 
 
 def speed() -> None:
@@ -370,7 +370,7 @@ def cards() -> None:
                 return found.flat
 
             started = clock()
-            vectors = host.visit(model, prompt(WANTED), None, 1.0, latents, 0, work)
+            vectors = host.with_denoiser(model, prompt(WANTED), None, 1.0, latents, 0, work)
             took = (clock() - started) / max(BATCHES)
             highest = (torch.cuda.max_memory_reserved() - ballast.numel()) / 2**30
             expected = vectors if expected is None else expected

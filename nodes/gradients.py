@@ -234,7 +234,7 @@ class CollectGradients(io.ComfyNode):
             with host.through_features(denoiser, vae, clip_vision, latents, batch_size) as (through, references):
                 return collected(through, references)
 
-        gradients = host.visit(model, positive, negative, cfg, samples, seed, work, words=remove_common)
+        gradients = host.with_denoiser(model, positive, negative, cfg, samples, seed, work, words=remove_common)
         report = f"{len(gradients)} gradients of {len(samples)} realizations"
         return io.NodeOutput(gradients, f"{report}; {sufficient.line()}" if sufficient else report)
 

@@ -92,7 +92,7 @@ class ConceptMask(io.ComfyNode):
             places = [[denoiser.order.index(row) for row in c.rows] for c in concepts]
             return answer_maps(denoiser, scaled, sigma, seed, places, draws, batch_size, update)
 
-        maps = host.visit(model, positive, None, 1.0, latents, seed, work, words=True)
+        maps = host.with_denoiser(model, positive, None, 1.0, latents, seed, work, words=True)
         return io.NodeOutput(region(maps, threshold, grow).float(), maps[0] / maps[0].amax((1, 2), keepdim=True))
 
 

@@ -1,7 +1,7 @@
 """The adapter to ComfyUI: the only folder, beside `demo/host_model`, that touches the host's internals."""
 
 from .conditioning import MARK, MarkedPrompt, check_one_image, mark, marked
-from .denoiser import HostDenoiser, visit
+from .denoiser import HostDenoiser, with_denoiser
 from .features import image_features, through_features
 from .parts import resized, steer_conditioning
 from .paths import file_folders, make_folders, output_folder, routes
@@ -52,5 +52,5 @@ __all__ = [
     "stop_if_cancelled",
     "through_features",
     "training_device",
-    "visit",
+    "with_denoiser",
 ]

@@ -181,8 +181,8 @@ class HostDenoiser:
         return {**entry, "model_conds": {**entry["model_conds"], **marked["model_conds"]}}
 
 
-class _Visit(comfy.samplers.Sampler):
-    """A sampler that takes no step: it lends the prepared model to a piece of work."""
+class _DenoiserSampler(comfy.samplers.Sampler):
+    """A sampler that takes no step: it hands the prepared model to `work`."""
 
     def __init__(self, work: Callable[[HostDenoiser, torch.Tensor], Any], latents: torch.Tensor, words: bool) -> None:
         self.work = work
@@ -262,7 +262,7 @@ def model_name(model: Any) -> str:
     return type(model.model_config).__name__
 
 
-def visit(
+def with_denoiser(
     model: Any,
     positive: Conditioning,
     negative: Conditioning | None,
@@ -292,9 +292,9 @@ def visit(
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(normal_clone(positive), normal_clone(negative if negative is not None else positive))
         guider.set_cfg(cfg if negative is not None else 1.0)
-        visitor = _Visit(work, latents, words)
+        sampler = _DenoiserSampler(work, latents, words)
         sigmas = torch.tensor([sigma_of(model, 1.0), 0.0])
         # The host is shown one of them only: it would make room for as many at once.
         shown = latents[:1]
-        guider.sample(torch.zeros_like(shown), shown, visitor, sigmas, disable_pbar=True, seed=seed)
-        return visitor.result
+        guider.sample(torch.zeros_like(shown), shown, sampler, sigmas, disable_pbar=True, seed=seed)
+        return sampler.result

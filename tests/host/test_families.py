@@ -66,8 +66,8 @@ FAMILIES_TABLE = "| family | ComfyUI's class | rows of a prompt | ComfyUI |\n| -
 )
 
 
-def visit(family: Family, model: Any, positive: Any, work: Callable[..., Any], negative: Any = None) -> Any:
-    return host.visit(model, positive, negative, 3.0, latents(family), 0, work)
+def with_denoiser(family: Family, model: Any, positive: Any, work: Callable[..., Any], negative: Any = None) -> Any:
+    return host.with_denoiser(model, positive, negative, 3.0, latents(family), 0, work)
 
 
 def gradient_of(
@@ -80,7 +80,7 @@ def gradient_of(
         sigma = host.sigma_of(model, level)
         return gradient(denoiser, realizations[:1], realizations[1:], noise, sigma)[0][0]
 
-    return visit(family, model, positive or prompt(family), work, negative)
+    return with_denoiser(family, model, positive or prompt(family), work, negative)
 
 
 def derivative(function: Callable[[float], float], step: float, steps: int) -> float:
@@ -124,7 +124,7 @@ def error_of(family: Family, model: Any, positive: Any = None, negative: Any = N
             errors.append(abs(slope / float((vector * direction).sum()) - 1))
         return max(errors)
 
-    return visit(family, model, positive or prompt(family), work, negative)
+    return with_denoiser(family, model, positive or prompt(family), work, negative)
 
 
 def steered(positive: Any, change: torch.Tensor) -> Any:
@@ -143,11 +143,11 @@ def assert_view_is_the_sampler(family: Family, model: Any, positive: Any, negati
 
         return work
 
-    replaced = visit(family, model, positive, estimate(1.0), negative)
+    replaced = with_denoiser(family, model, positive, estimate(1.0), negative)
     moved = [[steer(t, families.CONCEPT.rows, change) if host.MARK in o else t, o] for t, o in positive]
-    encoded = visit(family, model, moved, estimate(0.0), negative)
+    encoded = with_denoiser(family, model, moved, estimate(0.0), negative)
     assert torch.equal(replaced, encoded)
-    assert not torch.equal(replaced, visit(family, model, positive, estimate(0.0), negative))
+    assert not torch.equal(replaced, with_denoiser(family, model, positive, estimate(0.0), negative))
 
 
 def assert_samples_of_a_batch_are_apart(family: Family, model: Any, positive: Any) -> None:
@@ -163,7 +163,7 @@ def assert_samples_of_a_batch_are_apart(family: Family, model: Any, positive: An
             alone = denoiser.denoised(noisy[i : i + 1], sigma, rows[i : i + 1])
             torch.testing.assert_close(both[i : i + 1], alone, rtol=1e-4, atol=1e-4 * float(alone.abs().max()))
 
-    visit(family, model, positive, work)
+    with_denoiser(family, model, positive, work)
 
 
 def picture(family: Family, model: Any, positive: Any) -> torch.Tensor:
@@ -386,7 +386,7 @@ def test_weights_that_are_lent_in_memory_that_is_used_again(
             noise = random(*realizations[:1].shape, seed=5)
             return gradient(denoiser, realizations[:1], realizations[1:], noise, 1.0)[0]
 
-        return visit(family, model, prompt(family), work)
+        return with_denoiser(family, model, prompt(family), work)
 
     expected = found()
     cast, lent = comfy.ops.cast_bias_weight, []
@@ -459,7 +459,7 @@ def test_ways_to_compute_without_a_derivative_are_off_for_the_time_being(
         raise RuntimeError("stop here")
 
     with pytest.raises(RuntimeError, match="stop here"):
-        visit(SD, build(SD), prompt(SD), work)
+        with_denoiser(SD, build(SD), prompt(SD), work)
     assert getattr(owner, name) is False
 
 
@@ -600,7 +600,7 @@ def test_two_collections_of_one_model(family: Family) -> None:
                 denoiser, realizations, Provenance("test"), CollectionPlan(3, (sigma,), 0, 2, probes=True)
             ).vectors
 
-        return visit(family, model, prompt(family, seed), work)
+        return with_denoiser(family, model, prompt(family, seed), work)
 
     first, second = collected(1), collected(2)
     assert torch.equal(collected(1), first)
@@ -614,7 +614,7 @@ def test_the_remedy_for_writing_in_place_is_gone_afterwards() -> None:
         raise RuntimeError("stop here")
 
     with pytest.raises(RuntimeError, match="stop here"):
-        visit(FLUX, build(FLUX), prompt(FLUX), work)
+        with_denoiser(FLUX, build(FLUX), prompt(FLUX), work)
     assert _get_current_dispatch_mode() is None
     saved = torch.ones(2, requires_grad=True)
     assert (saved**2).grad_fn._saved_self is saved

@@ -81,7 +81,7 @@ def test_gradient_equals_central_finite_differences(teacher: SimpleNamespace, no
             found.append((slope, float((vectors[0] * direction).sum()), float(vectors[0].norm())))
         return found
 
-    for slope, product, length in host.visit(
+    for slope, product, length in host.with_denoiser(
         teacher.model, teacher.positive, None, 1.0, teacher.realizations["samples"], 0, work
     ):
         assert length > 1e-5
@@ -100,7 +100,9 @@ def test_step_against_the_gradient_lowers_the_loss(teacher: SimpleNamespace) -> 
         losses = [((estimate - target) ** 2).mean((1, 2, 3)) for estimate in estimates]
         return losses[0], losses[1]
 
-    before, after = host.visit(teacher.model, teacher.positive, None, 1.0, teacher.realizations["samples"], 0, work)
+    before, after = host.with_denoiser(
+        teacher.model, teacher.positive, None, 1.0, teacher.realizations["samples"], 0, work
+    )
     assert (after < before).all()
 
 
@@ -149,7 +151,7 @@ def test_collection_leaves_the_model_as_it_was(nodes: dict[str, Any], teacher: S
     training = getattr(comfy.model_management, "in_training", None)
     collect(nodes, teacher)
     with pytest.raises(RuntimeError, match="stop here"):
-        host.visit(
+        host.with_denoiser(
             teacher.model,
             teacher.positive,
             None,
@@ -340,7 +342,7 @@ def test_feature_loss_equals_central_finite_differences(
             return found
 
     latents = teacher.realizations["samples"][:6]
-    found = host.visit(teacher.model, teacher.positive, None, 1.0, latents, 0, work)
+    found = host.with_denoiser(teacher.model, teacher.positive, None, 1.0, latents, 0, work)
     # Summed over the directions: single precision leaves about 1e-3 of a single slope uncertain.
     slopes, products = (sum(each) for each in zip(*found, strict=True))
     assert slopes == pytest.approx(products, rel=1e-3)

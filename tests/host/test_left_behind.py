@@ -195,7 +195,7 @@ def test_no_history_outlives_a_visit(family: Family, decoder: Any, encoder: Any)
     left = {}
     for name, (error, work) in ways(model, decoder, encoder).items():
         with contextlib.nullcontext() if error is None else pytest.raises(error):
-            host.visit(model, prompt(family), None, 1.0, latents(family), 0, work)
+            host.with_denoiser(model, prompt(family), None, 1.0, latents(family), 0, work)
         after = with_history()
         left[name] = [shape for key, shape in after.items() if key not in before]
         before = after
@@ -213,7 +213,7 @@ def test_later_collections_hold_what_the_first_does_and_a_model_can_go(family: F
 
     before = held()
     for _ in range(3):
-        host.visit(model, prompt(family), None, 1.0, latents(family), 0, collected)
+        host.with_denoiser(model, prompt(family), None, 1.0, latents(family), 0, collected)
         sizes.append(sum(held().values()))
     assert sizes[1:] == sizes[:1] * 2
     del model

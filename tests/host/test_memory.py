@@ -27,8 +27,8 @@ NAMED = {family.name: family for family in FAMILIES}
 SD, FLUX, LUMINA = NAMED["SD 1.x"], NAMED["Flux dev"], NAMED["Lumina 2"]
 
 
-def visit(family: Family, model: Any, work: Callable[..., Any]) -> Any:
-    return host.visit(model, prompt(family), None, 1.0, latents(family), 0, work)
+def with_denoiser(family: Family, model: Any, work: Callable[..., Any]) -> Any:
+    return host.with_denoiser(model, prompt(family), None, 1.0, latents(family), 0, work)
 
 
 def rows_of(denoiser: host.HostDenoiser, count: int = 1) -> torch.Tensor:
@@ -56,7 +56,7 @@ def test_checkpointing_changes_no_bit(family: Family) -> None:
             assert 0 < needs.checkpointed < needs.plain
             return out
 
-        return visit(family, model, work)
+        return with_denoiser(family, model, work)
 
     kept, recomputed = found(False), found(True)
     assert kept[0].norm() > 1e-4
@@ -86,7 +86,7 @@ def test_nothing_stays_patched_when_a_block_fails_or_the_user_cancels(family: Fa
             hook.remove()
 
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        visit(family, model, work)
+        with_denoiser(family, model, work)
     assert not patched(model)
 
 
@@ -102,7 +102,7 @@ def test_room_is_made_by_need() -> None:
         denoiser.make_room(noisy.expand(many, -1, -1, -1), 1.0, rows)
         return [*found, denoiser.recomputes]
 
-    assert visit(SD, model, work) == [False, True]
+    assert with_denoiser(SD, model, work) == [False, True]
 
 
 def test_the_host_is_told_how_much_room_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +132,7 @@ def test_the_host_is_told_how_much_room_is_needed(monkeypatch: pytest.MonkeyPatc
         passing = model.model.memory_required(list(realizations.shape))
         return passing, denoiser.footprint.plain, denoiser.footprint.checkpointed
 
-    passing, plain, checkpointed = visit(SD, model, work)
+    passing, plain, checkpointed = with_denoiser(SD, model, work)
     assert asked == [(passing + 2 * plain, passing + 2 * checkpointed)]
 
 
@@ -150,7 +150,7 @@ def test_the_host_makes_room_for_one_realization_at_first() -> None:
     def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> torch.Tensor:
         return realizations
 
-    found = host.visit(model, prompt(SD), None, 1.0, given, 0, work)
+    found = host.with_denoiser(model, prompt(SD), None, 1.0, given, 0, work)
     assert shapes == [(1, *SD.latent)]
     assert torch.equal(found, model.model.process_latent_in(given))
 
@@ -178,7 +178,7 @@ def test_what_is_estimated_is_what_is_kept() -> None:
         assert estimate.requires_grad
         return sum(kept.values()), denoiser.footprint.plain
 
-    kept, estimated = visit(SD, model, work)
+    kept, estimated = with_denoiser(SD, model, work)
     assert kept == estimated
 
 
@@ -214,7 +214,7 @@ def test_gradients_flow_from_the_conditioning_only(family: Family) -> None:
                 hook.remove()
         assert rows.grad is not None
 
-    visit(family, model, work)
+    with_denoiser(family, model, work)
     assert depends == [False, True]
     # The concept's rows and their place, which are saved where they are put in, and nothing of the model.
     concept = len(CONCEPT.rows)
@@ -253,7 +253,7 @@ def test_out_of_memory_on_the_way() -> None:
             finally:
                 hook.remove()
 
-        return visit(SD, model, work)
+        return with_denoiser(SD, model, work)
 
     plenty, little = collected(4), collected(1)
     torch.testing.assert_close(little, plenty, rtol=1e-4, atol=1e-5 * float(plenty.abs().max()))

@@ -34,7 +34,7 @@ sys.path.append(str(Path(__file__).parent))
 
 import families
 from families import FAMILIES, build, prompt, random
-from test_families import error_of, gradient_of, visit
+from test_families import error_of, gradient_of, with_denoiser
 
 NAMED = {family.name: family for family in FAMILIES}
 SD, QWEN = NAMED["SD 1.x"], NAMED["Qwen-Image"]
@@ -119,7 +119,7 @@ def twice(family: families.Family, model: Any, level: float, negative: Any = Non
         one(0.9)
         return first, one(level)
 
-    return visit(family, model, prompt(family), work, negative)
+    return with_denoiser(family, model, prompt(family), work, negative)
 
 
 class Momentum:
@@ -233,7 +233,7 @@ def test_patches_that_draw_random_numbers_draw_the_same(patch: Callable[[Any], A
             return collect(denoiser, realizations, Provenance("test"), plan).vectors
 
         torch.manual_seed(seed)
-        return visit(SD, model, prompt(SD), work)
+        return with_denoiser(SD, model, prompt(SD), work)
 
     first = collected(1, 2)
     assert torch.equal(collected(2, 2), first)
@@ -277,7 +277,7 @@ def test_hooks_have_the_strength_that_they_have_at_that_level(guarantee: int) ->
 
     # In any order, as the levels of a collection take turns.
     levels, strengths = (0.3, 0.9, 0.6, 0.3, 0.9), (0.0, 1.0, 0.6, 0.0, 1.0)
-    found = visit(SD, model, positive, work)
+    found = with_denoiser(SD, model, positive, work)
     for one, level, strength in zip(found, levels, strengths, strict=True):
         expected = gradient_of(SD, merged(strength), level=level)
         torch.testing.assert_close(one, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
@@ -296,7 +296,7 @@ def test_hooks_of_the_positive_only(recomputes: bool) -> None:
         sigma, noise = host.sigma_of(model, 1.0), random(*realizations[:1].shape, seed=5)
         return gradient(denoiser, realizations[:1], realizations[1:], noise, sigma)[0][0]
 
-    found = visit(SD, model, positive, work, NEGATIVE)
+    found = with_denoiser(SD, model, positive, work, NEGATIVE)
 
     def slopes(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> float:
         sigma, noise = host.sigma_of(model, 1.0), random(*realizations[:1].shape, seed=5)
@@ -308,7 +308,7 @@ def test_hooks_of_the_positive_only(recomputes: bool) -> None:
 
         return (8 * (loss(0.07) - loss(-0.07)) - (loss(0.14) - loss(-0.14))) / (12 * 0.07)
 
-    assert visit(SD, model, positive, slopes, NEGATIVE) == pytest.approx(float(found.norm()), rel=1e-3)
+    assert with_denoiser(SD, model, positive, slopes, NEGATIVE) == pytest.approx(float(found.norm()), rel=1e-3)
 
 
 def timed(first: float, last: float, seed: int) -> list[Any]:
@@ -343,7 +343,7 @@ def test_levels_of_a_collection_have_the_prompt_of_each() -> None:
             plan = CollectionPlan(4, levels, 0, 1)
             return collect(denoiser, realizations, Provenance("test"), plan).vectors
 
-        return visit(SD, model, positive, work)
+        return with_denoiser(SD, model, positive, work)
 
     found = collected(positive)
     for level, seed in enumerate((1, 2)):

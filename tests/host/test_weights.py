@@ -21,7 +21,7 @@ from comfyui_elrond.nodes import host
 sys.path.append(str(Path(__file__).parent))
 
 from families import FAMILIES, Family, build, prompt, random
-from test_families import error_of, gradient_of, visit
+from test_families import error_of, gradient_of, with_denoiser
 
 NAMED = {family.name: family for family in FAMILIES}
 SD, FLUX = NAMED["SD 1.x"], NAMED["Flux dev"]
@@ -133,9 +133,9 @@ def test_packed_weights_count_as_what_they_unpack_to(name: str, recomputes: bool
         assert type(vectors) is torch.Tensor and type(denoiser.latest) is torch.Tensor
         return vectors
 
-    found, expected = (visit(family, each, prompt(family), work) for each in (model, plain))
+    found, expected = (with_denoiser(family, each, prompt(family), work) for each in (model, plain))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(found, visit(family, build(family), prompt(family), work), rtol=1e-3)
+    assert not torch.allclose(found, with_denoiser(family, build(family), prompt(family), work), rtol=1e-3)
 
 
 def test_packed_weights_have_a_fingerprint(nodes: dict[str, Any]) -> None:

@@ -106,7 +106,7 @@ def directed(
                 return rows
             draws = draw_steps(found, first + len(rows), SEED, lowest * strength, strength, **settings)[first:]
             steps = torch.stack([change_of(found, draw)[0] for draw in draws])
-            if settings.get("how") == "natural":
+            if settings.get("method") == "natural":
                 # These are in the embedding's units already.
                 steps = steps / rows[:, at].norm(dim=1, keepdim=True)
             return step_rows(steps, rows, at)
@@ -251,7 +251,7 @@ def methods(found: dict[str, list[Directions]]) -> dict[str, Method]:
     """All curves."""
     steps = [0.1, 0.2, 0.35, 0.5, 0.75, 1.0]
     parts = [0.1, 0.2, 0.3, 0.45, 0.7, 1.0]
-    natural = {"lowest": 1.0, "how": "natural"}
+    natural = {"lowest": 1.0, "method": "natural"}
     return {
         "random": Method([*steps[1:], 1.5, 2.0], lambda s, _: random_directions(s)),
         "uniform": Method([0.5, 0.75, 1.0, 1.5, 2.0, 3.0], lambda s, _: uniform_noise(s)),

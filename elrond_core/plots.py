@@ -19,13 +19,14 @@ from .decompose.sae_report import SAEReport
 from .dimension.report import LIDReport
 from .measure.subspace import Comparison
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
+# Okabe and Ito's palette, which colour-blind readers can distinguish.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
-_SHOWN = 128
+# Leading eigenvalues in a plot.
+_MAX_RANK = 128
 
 
 def scree(spectrum: Spectrum) -> np.ndarray:
-    """Eigenvalues in order, with the threshold and what was kept."""
+    """Eigenvalues in descending order, the threshold, and which components were kept."""
     return _render(scree_figure(spectrum))
 
 
@@ -33,9 +34,9 @@ def scree_figure(spectrum: Spectrum) -> Figure:
     """`scree` before it is rendered."""
     figure, (axes,) = _figure(1)
     ranks, values = _leading(spectrum.eigenvalues)
-    kept = ranks <= spectrum.kept
-    axes.plot(ranks[kept], values[kept], "o", color=_BLUE, markersize=5, label=f"kept: {spectrum.kept}")
-    axes.plot(ranks[~kept], values[~kept], "o", color=_GREY, markersize=3, alpha=0.6, label="left out")
+    selected = ranks <= spectrum.n_components
+    axes.plot(ranks[selected], values[selected], "o", color=_BLUE, markersize=5, label=f"kept: {spectrum.n_components}")
+    axes.plot(ranks[~selected], values[~selected], "o", color=_GREY, markersize=3, alpha=0.6, label="left out")
     if spectrum.threshold > 0:
         axes.axhline(spectrum.threshold, color=_ORANGE, linestyle="--", label=f"threshold: {spectrum.threshold:.3g}")
     axes.set_yscale("log")
@@ -74,7 +75,7 @@ def sae_report_figure(report: SAEReport) -> Figure:
 
 
 def lid_plot(report: LIDReport) -> np.ndarray:
-    """The spectrum, what noise alone would have had, the cut and its interval; and all estimates in words."""
+    """The spectrum, that of noise alone, the threshold, the interval of the estimate, and all estimates as text."""
     return _render(lid_plot_figure(report))
 
 
@@ -94,8 +95,8 @@ def lid_plot_figure(report: LIDReport) -> Figure:
     axes.set_xscale("log")
     axes.set(xlabel="component", ylabel="variance")
     floor = f"above the noise floor: {'' if report.detectable else 'at least '}{report.estimate}"
-    answer = "" if report.correlation is None else f"correlation dimension: {report.dimension:.1f}, "
-    axes.set_title(f"{answer}{floor}, from {report.count} gradients".capitalize())
+    dimension = "" if report.correlation is None else f"correlation dimension: {report.dimension:.1f}, "
+    axes.set_title(f"{dimension}{floor}, from {report.count} gradients".capitalize())
     axes.legend()
     return figure
 
@@ -124,13 +125,13 @@ def subspace_heatmap_figure(comparison: Comparison, names: tuple[str, str] = ("A
 
 
 def _leading(values: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks and values of the leading ones, without those that a logarithm cannot show."""
-    shown = values[:_SHOWN].numpy()
-    return np.arange(1, len(shown) + 1), np.where(shown > 1e-9 * shown.max(initial=0), shown, np.nan)
+    """Ranks and values of the leading eigenvalues; NaN for those that are zero up to rounding."""
+    leading = values[:_MAX_RANK].numpy()
+    return np.arange(1, len(leading) + 1), np.where(leading > 1e-9 * leading.max(initial=0), leading, np.nan)
 
 
 def _figure(columns: int) -> tuple[Figure, Sequence[Axes]]:
-    # Not pyplot: it keeps every figure in a global list, and the host runs nodes in threads.
+    # pyplot keeps every figure in a global list, and the host runs nodes in threads.
     figure = Figure(figsize=(9, 5), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, columns, squeeze=False)[0]

@@ -1,4 +1,4 @@
-"""Contact sheets: rows and columns of images with labels, as one picture."""
+"""Contact sheets of labelled images, and thumbnails."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from .storage.atomic_write import atomic_write, make_folder, reason
 def contact_sheet(
     images: torch.Tensor, rows: Sequence[str], columns: Sequence[str], title: str = "", cell: int = 128
 ) -> np.ndarray:
-    """Draw a contact sheet.
+    """Draw a contact sheet: rows and columns of images with labels.
 
     Args:
         images: float RGB (R · C, H, W, 3) in [0, 1], row by row.
         rows: R labels, which may have several lines.
         columns: C labels.
-        title: a line at the top.
+        title: text above the columns; one line.
         cell: longer side of a cell in pixels; images are scaled to it.
 
     Returns:
         float32 (H, W, 3) in [0, 1].
 
     Raises:
-        ElrondError: if there is not one image a cell.
+        ElrondError: if there is not one image for each cell.
     """
     if len(images) != len(rows) * len(columns) or not len(images):
         raise ElrondError(f"A sheet of {len(rows)} x {len(columns)} cells cannot hold {len(images)} images.")
@@ -39,7 +39,7 @@ def contact_sheet(
     scale = cell / max(height, width)
     across, down = max(1, round(width * scale)), max(1, round(height * scale))
     size = max(11, min(28, cell // 8))
-    # Pillow's own font lacks arrows, which names of directions have.
+    # Names of directions have arrows, which Pillow's default font lacks.
     font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
     gap, line = max(2, size // 4), round(1.6 * size)
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
@@ -62,10 +62,10 @@ def contact_sheet(
 
 
 def save_strip(images: torch.Tensor, path: Path, cell: int = 64) -> None:
-    """Write a few images (N, H, W, 3) side by side as a small PNG, whole or not at all; its folder is made if missing.
+    """Write images (N, H, W, 3) side by side as a small PNG. A missing folder is made; no partial file is left.
 
     Raises:
-        ElrondError: if it cannot be written.
+        ElrondError: if the file cannot be written.
     """
     strip = Image.new("RGB", (len(images) * cell, cell))
     for place, pixels in enumerate(images):

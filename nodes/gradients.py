@@ -11,7 +11,7 @@ from ..elrond_core.collect.differentiate import Denoiser
 from ..elrond_core.collect.pairs import check_targets
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.gradients import Gradients
-from ..elrond_core.measure.quality import Sufficient
+from ..elrond_core.measure.quality import StopAtQuality
 from ..elrond_core.provenance import Provenance
 from . import host
 from .types import GradientsIO, check_guidance, first_error, seed_input
@@ -163,7 +163,7 @@ class CollectGradients(io.ComfyNode):
         samples = realizations["samples"]
         check_targets(len(samples), targets_per_realization)
         check_guidance(cfg, negative is not None)
-        sufficient = Sufficient(target_quality, count) if target_quality else None
+        stop = StopAtQuality(target_quality, count) if target_quality else None
         _check_features(vae is not None, clip_vision is not None)
         sigma = [host.sigma_of(model, level) for level in [noise_level, *_levels(more_levels)]]
         if len(set(sigma)) < len(sigma):
@@ -226,7 +226,7 @@ class CollectGradients(io.ComfyNode):
                     references=references,
                     store=shards,
                     on_batch=lambda done: update(done, denoiser.latest),
-                    stop=sufficient,
+                    stop=stop,
                 )
 
             if vae is None:
@@ -236,7 +236,7 @@ class CollectGradients(io.ComfyNode):
 
         gradients = host.with_denoiser(model, positive, negative, cfg, samples, seed, work, words=remove_common)
         report = f"{len(gradients)} gradients of {len(samples)} realizations"
-        return io.NodeOutput(gradients, f"{report}; {sufficient.line()}" if sufficient else report)
+        return io.NodeOutput(gradients, f"{report}; {stop.line()}" if stop else report)
 
 
 def _check_features(vae: bool, clip_vision: bool) -> None:

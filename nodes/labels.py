@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..elrond_core.decompose.response import check_response
+from ..elrond_core.decompose.response import check_probes
 from ..elrond_core.decompose.words import fit_words
 from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
@@ -109,7 +109,7 @@ class FitWords(io.ComfyNode):
         """Encode the concept with each word before it, and pair the words."""
         tried = words_of(words)
         # Before the words are encoded, which takes its time.
-        check_response(gradients)
+        check_probes(gradients)
         found = fit_words(
             gradients, tried, *_moved(clip, gradients.provenance, tried), significance=significance, limit=most
         )
@@ -170,11 +170,7 @@ class LabelDirections(io.ComfyNode):
         tried = words_of(words)
         found = labels.label(directions, tried, *_moved(clip, directions.provenance, tried))
         named = renamed(labels.labelled(directions, found, least, replace), given)
-        lines = [
-            f"{i}: {name or '(no name)'}   {entry.line()}"
-            for i, (name, entry) in enumerate(zip(named.names, found, strict=True))
-        ]
-        return io.NodeOutput(named, "\n".join(lines))
+        return io.NodeOutput(named, "\n".join(labels.label_lines(named, found)))
 
 
 NODES = [FitWords, LabelDirections]

@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..elrond_core.errors import ElrondError
-from ..elrond_core.steering.locality import answer_maps, measure_leak, region
+from ..elrond_core.steering.locality import measure_leak, region, sensitivity_maps
 from . import host
 from .types import seed_input
 
@@ -90,7 +90,7 @@ class ConceptMask(io.ComfyNode):
         def work(denoiser: host.HostDenoiser, scaled: torch.Tensor) -> torch.Tensor:
             denoiser.rows_at(sigma)
             places = [[denoiser.order.index(row) for row in c.rows] for c in concepts]
-            return answer_maps(denoiser, scaled, sigma, seed, places, draws, batch_size, update)
+            return sensitivity_maps(denoiser, scaled, sigma, seed, places, draws, batch_size, update)
 
         maps = host.with_denoiser(model, positive, None, 1.0, latents, seed, work, words=True)
         return io.NodeOutput(region(maps, threshold, grow).float(), maps[0] / maps[0].amax((1, 2), keepdim=True))
@@ -128,13 +128,8 @@ class MeasureLeak(io.ComfyNode):
                 f"Images before and after must be as many and of one size, not {_size(before)} and {_size(after)}."
             )
         mask = host.resized(mask if mask.ndim > 2 else mask[None], *before.shape[1:3]).cpu()
-        found = measure_leak(before.cpu().movedim(-1, 1), after.cpu().movedim(-1, 1), mask)
-        lines = [f"mean leak {found.mean:.3f}"]
-        for i, (inside, outside, leak) in enumerate(zip(found.inside, found.outside, found.leak, strict=True)):
-            roots = f"{float(inside.sqrt()):.4f} inside, {float(outside.sqrt()):.4f} outside"
-            told = "no change" if leak.isnan() else f"leak {float(leak):.3f}"
-            lines.append(f"image {i}: {told} (root mean square change {roots})")
-        return io.NodeOutput(found.mean, "\n".join(lines))
+        leak = measure_leak(before.cpu().movedim(-1, 1), after.cpu().movedim(-1, 1), mask)
+        return io.NodeOutput(leak.mean, "\n".join(leak.lines()))
 
 
 def _size(images: torch.Tensor) -> str:

@@ -13,10 +13,10 @@ from ..elrond_core.prompt import Concept
 from ..elrond_core.steering.draws import (
     DENSITY,
     EQUAL,
+    METHODS,
     NATURAL,
     RANDOM,
     SCORE,
-    WAYS,
     Draw,
     change_of,
     check_share,
@@ -166,7 +166,7 @@ class Diversify(io.ComfyNode):
                 CONCEPT_INPUT,
                 io.Combo.Input(
                     "how",
-                    options=list(WAYS),
+                    options=list(METHODS),
                     default=RANDOM,
                     optional=True,
                     tooltip="random: each image draws on its own, as in the paper. spread: mixes of all leading "

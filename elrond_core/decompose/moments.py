@@ -1,4 +1,4 @@
-"""Streaming moments of gradients: all that PCA and the intrinsic dimension need, in the space of one covariance."""
+"""Streaming mean and covariance of gradients, which are all that PCA and the spectrum of the dimension need."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from ..errors import ElrondError
 from ..gradients import Gradients
 from ..provenance import Provenance
 
-# Vectors that are copied to float64 at a time.
+# Number of vectors that are copied to float64 at a time. It bounds the additional memory.
 BLOCK = 2048
 
 
 @dataclass
 class Moments:
-    """Count, mean and scatter of vectors of R rows by d, accumulated in float64.
+    """Count, mean and scatter matrix of gradients (R, d), accumulated in float64.
 
     Attributes:
         rows: R, the rows of the concept.
         width: d, the width of one row.
-        provenance: where the vectors come from; its `count` follows `count`.
-        count: N, vectors seen so far.
+        provenance: the gradients' origin; its `count` is kept equal to `count`.
+        count: N, number of vectors so far.
         mean: float64, (R·d,).
         scatter: float64, (R·d, R·d): sum of (x - mean)(x - mean)ᵀ.
     """
@@ -37,10 +37,10 @@ class Moments:
 
     @classmethod
     def empty(cls, rows: int, width: int, provenance: Provenance) -> Moments:
-        """Moments of no vectors yet.
+        """Moments of zero vectors.
 
         Raises:
-            ElrondError: if the vectors would be empty.
+            ElrondError: if `rows` or `width` is below 1.
         """
         _check_size(rows, width)
         size = rows * width
@@ -52,7 +52,7 @@ class Moments:
         """Moments of a whole set of gradients.
 
         Raises:
-            ElrondError: if a gradient is not finite, or they are empty.
+            ElrondError: if a gradient is not finite, or has no values.
         """
         _, rows, width = gradients.vectors.shape
         moments = cls.empty(rows, width, gradients.provenance)
@@ -68,7 +68,7 @@ class Moments:
         """Add vectors, float (B, R, d) or (B, R·d).
 
         Raises:
-            ElrondError: if the shape differs, or a vector is not finite (named by its place among all added).
+            ElrondError: if the shape differs, or a vector is not finite. The message names its number among all added.
         """
         if batch.ndim not in (2, 3):
             raise ElrondError(f"A batch must be vectors, (B, rows, d) or (B, rows x d), and has {tuple(batch.shape)}.")
@@ -82,11 +82,10 @@ class Moments:
             self._combine(len(block), mean, centred.T @ centred)
 
     def merge(self, other: Moments) -> None:
-        """Add all that `other` has seen; the two may come from different machines.
+        """Add the vectors of `other`, which may come from another machine.
 
         Raises:
-            ElrondError: if the two are of vectors of different shape, or of different concepts or models
-                (`Provenance.united`), with both named.
+            ElrondError: if the two have different shapes, concepts or models (`Provenance.united`).
         """
         if (self.rows, self.width) != (other.rows, other.width):
             raise ElrondError(
@@ -110,12 +109,12 @@ class Moments:
         return self.scatter / (self.count - 1)
 
     def _combine(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
-        """Chan, Golub and LeVeque (1983): moments of a union from those of its parts."""
+        """Add the moments of other vectors (Chan, Golub and LeVeque, 1983)."""
         if count == 0:
             return
         total = self.count + count
         shift = mean - self.mean
-        # A new tensor, since the old one may be somebody else's too.
+        # Not in place: another object may hold the old tensor.
         self.scatter = (self.scatter + scatter).addr_(shift, shift, alpha=self.count * count / total)
         self.mean = self.mean + shift * (count / total)
         self.count = total
@@ -128,7 +127,7 @@ def _check_size(rows: int, width: int) -> None:
 
 
 def first_not_finite(vectors: torch.Tensor) -> int | None:
-    """The first of the vectors (N, …) with a value that is not finite, or None."""
+    """Index of the first of the vectors (N, …) with a value that is not finite, or None."""
     for start in range(0, len(vectors), BLOCK):
         finite = torch.isfinite(vectors[start : start + BLOCK].flatten(1)).all(1)
         if not finite.all():
@@ -137,10 +136,10 @@ def first_not_finite(vectors: torch.Tensor) -> int | None:
 
 
 def filled(whole: torch.Tensor, parts: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Concatenate parts into a tensor (N, …) that was allocated before them.
+    """Concatenate parts into a tensor (N, …) that was allocated before they are computed.
 
-    `torch.cat` would keep all parts until the last one is made, among the large blocks that they are computed from:
-    heap fragmentation then makes memory grow as if all blocks were kept.
+    `torch.cat` needs all parts at once. They would lie in the heap among the large blocks that they are computed from,
+    and heap fragmentation would keep the memory of the blocks.
     """
     start = 0
     for part in parts:
@@ -153,7 +152,7 @@ def require_finite(vectors: torch.Tensor, first: int = 0) -> None:
     """Refuse vectors (N, …) that are not finite.
 
     Raises:
-        ElrondError: naming the first bad row, counted from `first`.
+        ElrondError: if one is not; the message names its number, counted from `first`.
     """
     bad = first_not_finite(vectors)
     if bad is not None:

@@ -17,21 +17,21 @@ Rule = Literal["width", "samples"]
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Eigenvalues of a decomposition and where it was cut.
+    """Eigenvalues of a decomposition, and how many components were kept.
 
     Attributes:
         eigenvalues: float64, (P,), descending and not negative.
         threshold: the eigenvalue above which a component is significant.
-        kept: number of components kept.
+        n_components: number of components kept.
         count: N, the number of gradients.
         size: R·d, the length of one gradient.
-        name: what an eigenvalue is, for axes and reports.
-        ridge: what was added to the diagonal of the metric, for decompositions that have one.
+        name: the quantity that an eigenvalue is, for axes and reports.
+        ridge: the ridge of the metric, as a share of the mean of its diagonal; 0 for PCA.
     """
 
     eigenvalues: torch.Tensor
     threshold: float
-    kept: int
+    n_components: int
     count: int
     size: int
     name: str = "variance"
@@ -49,34 +49,34 @@ class Spectrum:
 
     @property
     def note(self) -> str:
-        """One sentence on what was kept."""
+        """One sentence on how many components were kept."""
         if not self.significant:
             return "No component is above the threshold; the leading one was kept."
-        if self.kept < self.significant:
-            return f"{self.significant} components are above the threshold; the leading {self.kept} were kept."
-        return f"{self.kept} components are above the threshold and were kept."
+        if self.n_components < self.significant:
+            return f"{self.significant} components are above the threshold; the leading {self.n_components} were kept."
+        return f"{self.n_components} components are above the threshold and were kept."
 
 
 def fit_pca(
     source: Gradients | Moments, *, significance: float = 2.5, rule: Rule = "width", limit: int = 64
 ) -> tuple[Directions, Spectrum]:
-    """Principal components of the centred gradients, those of significant variance.
+    """Principal components of significant variance of the centred gradients.
 
-    Exact, whichever of N and R·d is larger: the smaller of the covariance and the Gram matrix is factorised (LAPACK,
-    float64). The rows of a concept are one long vector, so the `d` of the published rule is R·d here.
+    The solution is exact (LAPACK, float64): of the covariance and the Gram matrix the smaller one is factorised. The R
+    rows of a concept are one vector, so the `d` of the published rule is R·d here.
 
     Args:
-        source: gradients, or their moments where the gradients themselves were not kept.
+        source: gradients, or only their moments.
         significance: C; a component is significant if its share of the variance is above C/(R·d).
         rule: "width" for C/(R·d) as published; "samples" for C/min(N, R·d), stricter when there are few gradients.
         limit: keep at most this many.
 
     Returns:
-        Directions (K, R, d) of unit norm, best first, K ≥ 1, with explained-variance ratios as scores and the entry of
-        largest magnitude positive; and the whole spectrum of min(N, R·d) variances.
+        Directions (K, R, d) of unit norm, best first, K ≥ 1, with explained variance ratios as scores. The entry of
+        largest magnitude of each is positive. And the whole spectrum of min(N, R·d) variances.
 
     Raises:
-        ElrondError: if there are fewer than two gradients, one is not finite, all are the same, or an option is out of
+        ElrondError: if there are fewer than two gradients, one is not finite, all are equal, or an option is out of
             range.
     """
     check_options(significance, limit)
@@ -102,20 +102,20 @@ def fit_pca(
         rows, width, provenance = moments.rows, moments.width, moments.provenance
 
     total = float(eigenvalues.sum())
-    # What rounding leaves of identical gradients, relative to their length.
+    # The variance of identical gradients is rounding error, relative to their squared length.
     if total <= 1e-20 * float(mean.square().sum()) or total == 0:
         raise ElrondError("All gradients are the same, so there is nothing to decompose.")
     spectrum = cut(
         eigenvalues, significance / (size if rule == "width" else min(count, size)) * total, limit, count, size
     )
-    vectors = left[:, : spectrum.kept]
+    vectors = left[:, : spectrum.n_components]
     if centred is not None:
         vectors = centred.T @ vectors
     vectors = (vectors / vectors.norm(dim=0)).T.reshape(-1, rows, width).float()
     method = {"name": "pca", "significance": f"{significance:g}", "rule": rule, "limit": str(limit)}
     directions = Directions(
         vectors=fix_signs(vectors),
-        scores=spectrum.ratios[: spectrum.kept].float(),
+        scores=spectrum.ratios[: spectrum.n_components].float(),
         method=method,
         provenance=provenance,
         score_name="explained variance ratio",
@@ -130,11 +130,11 @@ def descending(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def cut(eigenvalues: torch.Tensor, threshold: float, limit: int, count: int, size: int) -> Spectrum:
-    """A spectrum cut at a threshold; the leading component is kept in any case."""
+    """A spectrum of which components above a threshold are kept, at most `limit`, and always the leading one."""
     significant = int((eigenvalues > threshold).sum())
-    # Rounding leaves a component or two of no variance that no threshold of zero should let through.
-    real = int((eigenvalues > 1e-12 * eigenvalues[0]).sum())
-    return Spectrum(eigenvalues, threshold, max(1, min(significant, limit, real)), count, size)
+    # Rounding gives components of zero variance a small one, which a threshold of zero would accept.
+    nonzero = int((eigenvalues > 1e-12 * eigenvalues[0]).sum())
+    return Spectrum(eigenvalues, threshold, max(1, min(significant, limit, nonzero)), count, size)
 
 
 def check_options(significance: float, limit: int) -> None:

@@ -1,14 +1,14 @@
-"""Directions by natural variation per change of the image: PCA relative to the pullback metric.
+"""Response directions: principal components relative to the pullback metric.
 
 Gradients are g = (2/n) Jᵀ(x̂0 - x_B), n the number of latent values and J the Jacobian of the estimate with respect to
 the concept's rows. Jacobian probes are (2/n) Jᵀw with white noise w. So, over pairs and noise,
 
     C = cov(g) = (4/n²) Jᵀ Σ J    and    M = E[probe probeᵀ] = (4/n²) JᵀJ,
 
-Σ being the covariance of the differences between images, and JᵀJ the pullback metric: the length of a step of the rows,
-measured by the change of the image. For C v = λ M v then λ = (Jv)ᵀ Σ (Jv) / |Jv|²: the variance of the images along the
-change that the step v causes. PCA of C instead weights each change by the square of the model's response to it, so that
-one loud factor leaks into all components.
+where Σ is the covariance of the differences between images. JᵀJ is the pullback metric: it measures the length of a
+step of the rows by the change of the image. If C v = λ M v, then λ = (Jv)ᵀ Σ (Jv) / |Jv|²: the variance of the images
+along the change that the step v causes. PCA of C instead weights each change by the square of the model's response to
+it, so that a factor with a strong response contributes to all components.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from ..provenance import Provenance
 from .moments import BLOCK, Moments, filled, first_not_finite
 from .pca import Spectrum, check_options, cut, descending
 
-# Ridges that are tried, as shares of the mean response: eight a decade.
+# Ridges that `choose_ridge` compares, as shares of the mean of diag M: eight a decade.
 _RIDGES = torch.logspace(-6, 1, 57, dtype=torch.float64)
-_SAME = "All gradients or all responses are the same, so there is nothing to decompose."
+_ZERO = "All gradients or all responses are the same, so there is nothing to decompose."
 
 
 def fit_response(
@@ -43,26 +43,26 @@ def fit_response(
 ) -> tuple[Directions, Spectrum]:
     """Solve C v = λ (M + ridge · mean(diag M) · I) v; the eigenvectors v are the steering directions.
 
-    A step v of the rows changes the image by Jv, and the Jv of different v are the principal components of the images,
-    within what the model can change. The dual M v is a gradient, not a step: as a step it would change the image by
-    J Jᵀ(Jv), which mixes components wherever the response is uneven. Without a ridge, steps that hardly change the
-    image would need strengths beyond the linear regime. As the ridge grows, the directions become those of PCA.
+    A step v of the rows changes the image by Jv. The Jv of the eigenvectors are the principal components of the images,
+    within the changes that the model can make. (M v is a gradient and no step. As a step it would change the image by
+    J Jᵀ(Jv), a mixture of components unless the response is even.) The ridge suppresses steps that hardly change the
+    image and would need strengths beyond the linear regime. As it grows, the directions become those of PCA.
 
-    Principal components mix factors of about equal variance, such as x and y. Factors are independent: a rotation by
-    independent component analysis (FastICA, Hyvärinen, 1999) of the gradients' coordinates separates them.
+    Principal components mix factors of about equal variance, such as x and y. Independent component analysis of the
+    gradients' coordinates (FastICA, Hyvärinen, 1999) finds the rotation that separates independent factors.
 
     Args:
         gradients: gradients with Jacobian probes of the same points.
         significance: keep components of λ above this many units of latent variance. Models' latents are scaled to a
             variance of about 1 a value, so that λ = 1 is the variance of a single latent value.
         limit: keep at most this many.
-        ridge: as a share of the mean response; chosen by `affordable_ridge` if None.
-        rotate: rotate the components that are kept to be independent.
+        ridge: as a share of the mean of diag M; chosen by `affordable_ridge` if None.
+        rotate: rotate the components to be independent.
         seed: fixes the rotation.
 
     Returns:
-        Directions (K, R, d) of unit norm, best first, K ≥ 1, with scores: λ, or after a rotation the latent variance
-        that each explains; and the spectrum of all λ, with the ridge.
+        Directions (K, R, d) of unit norm, best first, K ≥ 1. Their scores are λ, or after a rotation the latent
+        variance that each explains. And the spectrum of all λ, with the ridge.
 
     Raises:
         ElrondError: if there are no Jacobian probes, fewer than two gradients or probes, one is not finite, all
@@ -75,19 +75,19 @@ def fit_response(
         name="latent variance per unit of change",
         ridge=parts.ridge,
     )
-    steps, scores = parts.eigenvectors[:, : spectrum.kept], parts.eigenvalues[: spectrum.kept]
-    rotated = rotate and spectrum.kept > 1
+    steps, scores = parts.eigenvectors[:, : spectrum.n_components], parts.eigenvalues[: spectrum.n_components]
+    rotated = rotate and spectrum.n_components > 1
     if rotated:
         deviations = scores.sqrt()
-        coordinates = torch.empty(len(gradients), spectrum.kept, dtype=torch.float64)
+        coordinates = torch.empty(len(gradients), spectrum.n_components, dtype=torch.float64)
         coordinates = filled(coordinates, (block.double() @ steps for block in gradients.flat.split(BLOCK)))
-        rotation = _independent((coordinates - coordinates.mean(0)) / deviations, seed)
+        rotation = _ica_rotation((coordinates - coordinates.mean(0)) / deviations, seed)
         steps, scores = steps * deviations @ rotation.T, rotation.square() @ scores
         order = scores.argsort(descending=True)
         steps, scores = steps[:, order], scores[order]
     lengths = steps.norm(dim=0)
-    # A step δ changes the image by Jδ. The step for a change Δ is (2/n)(M + ridge)⁻¹ (2/n)JᵀΔ; its coordinates along
-    # the components have the standard deviations √λ, in units of the images' 2/n.
+    # The step for a change Δ of the image is (2/n)(M + ridge)⁻¹ (2/n)JᵀΔ. Its coordinates along the eigenvectors have
+    # standard deviations √λ, in units of 2/n of the images'.
     latent_values = gradients.provenance.latent_values
     natural_std = lengths * (1 if rotated else scores.sqrt()) * 2 / latent_values if latent_values else torch.empty(0)
     vectors = (steps / lengths).T.reshape(-1, *gradients.vectors.shape[1:]).float()
@@ -115,7 +115,7 @@ class Components:
     Attributes:
         eigenvalues: float64, (P,): λ, descending, P = min(N, R·d).
         eigenvectors: float64, (R·d, P): v as columns, scaled so that vᵀ(M + ridge)v = 1.
-        ridge: as a share of the mean response.
+        ridge: as a share of the mean of diag M.
         cholesky: float64, (R·d, R·d): lower triangle L with L Lᵀ = M + ridge.
     """
 
@@ -126,15 +126,15 @@ class Components:
 
 
 def components(gradients: Gradients, ridge: float | None = None) -> Components:
-    """All components of `fit_response`, which says what is refused."""
+    """All components of `fit_response`, which see for the arguments and errors."""
     if ridge is not None and not ridge > 0:
         raise ElrondError(f"The ridge must be above zero, got {ridge}.")
     cholesky, ridge = _cholesky(gradients, ridge)
-    # `scipy.linalg.eigh(a, b)` solves the same problem with two more matrices of this size, and `words.py` needs the
-    # Cholesky factor. Each matrix is released as soon as it has been used.
+    # `scipy.linalg.eigh(a, b)` would take two more matrices of this size, and `words.py` needs the Cholesky factor.
+    # Each matrix is released as soon as it has been used.
     whitened = torch.linalg.solve_triangular(cholesky, Moments.of(gradients).covariance(), upper=False)
     if not whitened.any():
-        raise ElrondError(_SAME)
+        raise ElrondError(_ZERO)
     whitened = torch.linalg.solve_triangular(cholesky, whitened.T, upper=False)
     eigenvalues, vectors = descending(whitened)
     count = min(len(gradients), len(whitened))
@@ -143,24 +143,24 @@ def components(gradients: Gradients, ridge: float | None = None) -> Components:
 
 
 def _cholesky(gradients: Gradients, ridge: float | None) -> tuple[torch.Tensor, float]:
-    """`Components.cholesky`, and the ridge."""
-    check_response(gradients)
-    even, odd = halved(gradients.response)
+    """The Cholesky factor of M + ridge (see `Components`), and the ridge."""
+    check_probes(gradients)
+    even, odd = halved_metric(gradients.response)
     share_of_odd = (len(gradients.response) // 2) / len(gradients.response)
-    mean_response = float(even.diagonal().lerp(odd.diagonal(), share_of_odd).mean())
-    if mean_response == 0:
-        raise ElrondError(_SAME)
-    ridge = affordable_ridge(even, odd, mean_response, gradients.provenance) if ridge is None else ridge
+    mean_diagonal = float(even.diagonal().lerp(odd.diagonal(), share_of_odd).mean())
+    if mean_diagonal == 0:
+        raise ElrondError(_ZERO)
+    ridge = affordable_ridge(even, odd, mean_diagonal, gradients.provenance) if ridge is None else ridge
     metric = even.lerp_(odd, share_of_odd)
-    metric.diagonal().add_(ridge * mean_response)
+    metric.diagonal().add_(ridge * mean_diagonal)
     return torch.linalg.cholesky(metric), ridge
 
 
-def check_response(gradients: Gradients) -> None:
+def check_probes(gradients: Gradients) -> None:
     """Refuse Jacobian probes that give no metric.
 
     Raises:
-        ElrondError: if they were not collected, are fewer than two, or are not finite.
+        ElrondError: if there are fewer than two, or one is not finite.
     """
     if not len(gradients.response):
         raise ElrondError("These gradients came without the model's response; collect them again with it.")
@@ -171,13 +171,13 @@ def check_response(gradients: Gradients) -> None:
         raise ElrondError(f"The response is not finite (NaN or infinity) in row {bad}; collect the gradients again.")
 
 
-def halved(response: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Second moments of both halves of the probes (M, …), M ≥ 2: of the first, third, … and the second, fourth, ….
+def halved_metric(probes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pullback metric, estimated from each half of the probes (M, …), M ≥ 2.
 
     Returns:
-        float64 (D, D) each, D being the values of one probe.
+        float64 (D, D) of the even-numbered probes and of the odd-numbered ones; D is the number of values of a probe.
     """
-    return _second_moment(response[0::2].flatten(1)), _second_moment(response[1::2].flatten(1))
+    return _second_moment(probes[0::2].flatten(1)), _second_moment(probes[1::2].flatten(1))
 
 
 def _second_moment(vectors: torch.Tensor) -> torch.Tensor:
@@ -188,60 +188,60 @@ def _second_moment(vectors: torch.Tensor) -> torch.Tensor:
     return total.div_(len(vectors))
 
 
-def _independent(white: torch.Tensor, seed: int) -> torch.Tensor:
-    """The rotation (K, K), float64, that makes uncorrelated coordinates (N, K) of unit variance independent."""
+def _ica_rotation(white: torch.Tensor, seed: int) -> torch.Tensor:
+    """The rotation (K, K), float64, that makes whitened coordinates (N, K) most independent."""
     analysis = FastICA(whiten=False, random_state=seed % 2**32, max_iter=1000, tol=1e-4)
     with warnings.catch_warnings():
-        # Where coordinates are Gaussian any rotation is as good, and the search does not settle.
+        # FastICA does not converge on Gaussian coordinates, for which all rotations are equally good.
         warnings.simplefilter("ignore", ConvergenceWarning)
         analysis.fit(white.numpy())
-    # Orthogonal to rounding only, and scores are sums over its squares.
+    # FastICA's result is orthogonal up to rounding only. Scores need rows and columns of unit norm.
     left, _, right = torch.linalg.svd(torch.from_numpy(analysis.components_))
     return left @ right
 
 
-def affordable_ridge(even: torch.Tensor, odd: torch.Tensor, mean_response: float, provenance: Provenance) -> float:
-    """The ridge that removes directions which a step of one token norm cannot use.
+def affordable_ridge(even: torch.Tensor, odd: torch.Tensor, mean_diagonal: float, provenance: Provenance) -> float:
+    """The ridge that suppresses directions too weak for a step of one token norm.
 
-    A step of one token norm that changes the image by less than the standard deviation of one latent value steers
-    nothing. The ridge is the squared response of such a step: 4 / (n² norm²) on the gradients' scale. It is not lower
-    than `choose_ridge`, below which noise would be fitted.
+    A step of one token norm has no use if it changes the image by less than the standard deviation of one latent value.
+    The ridge is the squared response of such a step, 4 / (n² norm²) on the gradients' scale, or that of `choose_ridge`
+    if it is larger.
 
     Args:
-        even: float64 (D, D), second moment of one half of the probes (`halved`).
-        odd: the same of the other half.
-        mean_response: mean square of all probes' values.
-        provenance: gives n and the norm.
+        even: float64 (D, D), the metric by one half of the probes (`halved_metric`).
+        odd: the same by the other half.
+        mean_diagonal: mean of diag M.
+        provenance: says n and the token norm.
 
     Returns:
-        The ridge as a share of the mean response; `choose_ridge` alone where n or the norm is not known.
+        The ridge as a share of `mean_diagonal`; that of `choose_ridge` if n or the norm is not known.
     """
     likely = choose_ridge(even, odd)
     values, norm = provenance.latent_values, provenance.token_norm
     if not values or not norm:
         return likely
-    return max(likely, 4 / (values * norm) ** 2 / mean_response)
+    return max(likely, 4 / (values * norm) ** 2 / mean_diagonal)
 
 
 def choose_ridge(even: torch.Tensor, odd: torch.Tensor) -> float:
     """The ridge of highest cross-validated likelihood.
 
-    The second moment of one half of the probes, with the ridge added, is the covariance of a Gaussian, under which the
-    other half has a likelihood. A small ridge trusts directions that one half hardly responds to by chance; a large one
-    ignores that the response is uneven.
+    The metric by one half of the probes, plus the ridge, is the covariance of a Gaussian, and the other half has a
+    likelihood under it. With too small a ridge, responses that are small by chance count as small. With too large a
+    one, the metric loses its structure.
 
     Args:
-        even: float64 (D, D), as from `halved`.
+        even: float64 (D, D), as from `halved_metric`.
         odd: the same.
 
     Returns:
-        The ridge as a share of the mean response.
+        The ridge as a share of the mean of diag M.
     """
     return float(_RIDGES[(_negative_log_likelihoods(even, odd) + _negative_log_likelihoods(odd, even)).argmin()])
 
 
 def _negative_log_likelihoods(known: torch.Tensor, held_out: torch.Tensor) -> torch.Tensor:
-    """Twice the negative log-likelihood of one half given the other, up to a constant, for each of the ridges."""
+    """Twice the negative log-likelihood of one half given the other, up to a constant, for each of `_RIDGES`."""
     values, vectors = descending(known)
     variances = (held_out @ vectors).mul_(vectors).sum(0)
     damped = values[:, None] + _RIDGES * values.mean().clamp_min(1e-300)

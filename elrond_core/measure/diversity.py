@@ -1,4 +1,4 @@
-"""How different the images of a batch are (mean pairwise distance, Vendi score, nearest pair), and what they show."""
+"""Diversity of a batch of images (mean pairwise distance, Vendi score), and its alignment with a text."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ import torch
 
 from ..errors import ElrondError
 
+# Pixels a side to which images are reduced before their pixels are compared: details and noise do not count.
 _GRID = 32
-# Pictures whose pixels differ by this much (root mean square, of a range of 1) count as about half alike.
+# Width of the Gaussian similarity of images, as a root mean square difference of pixels in [0, 1]. At this difference
+# two images have the similarity 0.6.
 _PIXEL_SCALE = 0.15
 
 
 @dataclass(frozen=True)
 class Diversity:
-    """What a batch of images measures.
+    """The diversity of a batch of images.
 
     Attributes:
         count: number of images N.
         distance: mean distance over all pairs.
-        vendi: Vendi score, 1 (all alike) to N (none like another): how many different images there seem to be.
-        nearest: indices of the two images that are most alike.
-        nearest_distance: their distance.
-        measure: what a distance is, in words.
+        vendi: Vendi score, from 1 (all images equal) to N (no two similar): the effective number of different images.
+        nearest: indices of the two most similar images.
+        nearest_distance: the distance between them.
+        measure: what distances are of, for reports.
     """
 
     count: int
@@ -46,17 +48,17 @@ class Diversity:
 
 @dataclass(frozen=True)
 class Alignment:
-    """How well images show what a text says: the CLIP score (Hessel et al., 2104.08718) before its factor of 2.5.
+    """Alignment of images with a text: the CLIP score (Hessel et al., arXiv 2104.08718) without its factor of 2.5.
 
     Attributes:
-        cosines: float64 (N,), one an image; higher is better, and what is usual depends on the encoders.
+        cosines: float64 (N,), one an image; higher is better. Usual values depend on the encoders.
     """
 
     cosines: torch.Tensor
 
     @property
     def mean(self) -> float:
-        """Over all images."""
+        """Mean cosine over all images."""
         return float(self.cosines.mean())
 
     def lines(self) -> list[str]:
@@ -69,14 +71,14 @@ class Alignment:
 
 
 def alignment(features: torch.Tensor, text: torch.Tensor) -> Alignment:
-    """Cosines of images with a text, as encoders that were trained together see both.
+    """Cosines between features of images and of a text, by two encoders that were trained together.
 
     Args:
         features: (N, F) of the images, any float dtype.
         text: (F,) of the text.
 
     Raises:
-        ElrondError: if the two are not of one length, or one is zero or not finite.
+        ElrondError: if the two have different widths, or one is zero or not finite.
     """
     if features.shape[1:] != text.shape:
         raise ElrondError(
@@ -89,7 +91,7 @@ def alignment(features: torch.Tensor, text: torch.Tensor) -> Alignment:
 
 
 def of_features(features: torch.Tensor) -> Diversity:
-    """Diversity by the features of an image encoder, compared by their cosine.
+    """Diversity by the features of an image encoder; a distance is 1 - cosine.
 
     Args:
         features: (N, F), any float dtype.
@@ -104,7 +106,7 @@ def of_features(features: torch.Tensor) -> Diversity:
 
 
 def of_pixels(images: torch.Tensor) -> Diversity:
-    """Diversity without a model: pixels of the images made small, with a Gaussian similarity.
+    """Diversity by pixels, for which no model is needed: images are reduced, and their similarity is Gaussian.
 
     Args:
         images: float RGB (N, H, W, 3) in [0, 1].
@@ -114,14 +116,14 @@ def of_pixels(images: torch.Tensor) -> Diversity:
     """
     _check_count(images)
     _check_finite(images)
-    small = torch.nn.functional.adaptive_avg_pool2d(images[..., :3].movedim(-1, 1).double(), _GRID).flatten(1)
-    distances = torch.cdist(small, small, compute_mode="donot_use_mm_for_euclid_dist") / small.shape[1] ** 0.5
+    reduced = torch.nn.functional.adaptive_avg_pool2d(images[..., :3].movedim(-1, 1).double(), _GRID).flatten(1)
+    distances = torch.cdist(reduced, reduced, compute_mode="donot_use_mm_for_euclid_dist") / reduced.shape[1] ** 0.5
     similarity = torch.exp(-0.5 * (distances / _PIXEL_SCALE) ** 2)
     return _measure(distances, similarity, f"their pixels at {_GRID} x {_GRID}")
 
 
 def vendi_score(similarity: torch.Tensor) -> float:
-    """Exponential of the entropy of the eigenvalues of a similarity matrix over N (Friedman and Dieng, 2210.02410).
+    """Exponential of the entropy of the eigenvalues of a similarity matrix / N (Friedman and Dieng, arXiv 2210.02410).
 
     Args:
         similarity: (N, N), symmetric, positive semidefinite, with ones on its diagonal.

@@ -19,61 +19,63 @@ from .subspace import orthonormal
 
 # Random halvings whose agreement is averaged.
 _HALVINGS = 2
-# Gradients of the first estimate of a growing collection; an estimate from fewer would be mostly chance.
+# Number of gradients at the first estimate of a growing collection. An estimate from fewer is mostly chance.
 FIRST = 64
-# Factor by which the collection grows between estimates: at most so many times the gradients needed are collected.
+# Factor by which a collection grows between estimates. At most this many times the gradients needed are collected.
 GROWTH = 1.25
 
 
-class Sufficient:
-    """Stops a growing collection once its quality is reached.
+class StopAtQuality:
+    """Stops a growing collection as soon as it has a quality.
 
     Args:
-        wanted: quality to reach, above 0 and below 1.
-        most: gradients that there will be if it is never reached.
+        target: the quality, above 0 and below 1.
+        max_count: number of gradients of the collection if it is not stopped.
 
     Attributes:
-        estimate: the latest estimate of `split_half_quality`; None before the first.
-        count: number of gradients it is of.
+        estimate: the latest `split_half_quality`; None before the first.
+        count: number of gradients of that estimate.
 
     Raises:
-        ElrondError: if `wanted` or `most` is out of range.
+        ElrondError: if `target` or `max_count` is out of range.
     """
 
-    def __init__(self, wanted: float, most: int) -> None:
-        if not 0 < wanted < 1:
-            raise ElrondError(f"The quality to reach must be above 0 and below 1, got {wanted}.")
-        if most < FIRST:
-            raise ElrondError(f"A quality can be told of at least {FIRST} gradients: raise the count, which is {most}.")
-        self.wanted = wanted
+    def __init__(self, target: float, max_count: int) -> None:
+        if not 0 < target < 1:
+            raise ElrondError(f"The quality to reach must be above 0 and below 1, got {target}.")
+        if max_count < FIRST:
+            raise ElrondError(
+                f"A quality can be told of at least {FIRST} gradients: raise the count, which is {max_count}."
+            )
+        self.target = target
         self.estimate: float | None = None
         self.count = 0
 
     def line(self) -> str:
         """The result, for a report."""
         estimate = "not known" if self.estimate is None else f"{self.estimate:.4f}"
-        reached = self.estimate is not None and self.estimate >= self.wanted
+        reached = self.estimate is not None and self.estimate >= self.target
         advice = "" if reached else "; collect more gradients, or of more realizations"
-        return f"quality of the significant directions: {estimate}, {self.wanted:g} was asked for{advice}"
+        return f"quality of the significant directions: {estimate}, {self.target:g} was asked for{advice}"
 
     def __call__(self, gradients: Gradients, last: bool = False) -> bool:
-        """Whether these are enough; estimated each time the collection has grown by `GROWTH`, and at its end."""
+        """Whether to stop. The quality is estimated when the collection has grown by `GROWTH`, and at its end."""
         if len(gradients) < max(FIRST, GROWTH * self.count) and not last:
             return False
         self.estimate, self.count = split_half_quality(gradients), len(gradients)
-        return self.estimate >= self.wanted
+        return self.estimate >= self.target
 
 
 def split_half_quality(gradients: Gradients, *, significance: float = 2.5, seed: int = 0) -> float:
     """Estimated share, 0 to 1, of the span of the significant principal components that is right.
 
-    The truth is the span of as many leading components of infinitely many gradients. The share is the reconstruction
-    of `elrond_core.measure.subspace` and, at equal numbers of directions, one less the hallucination. How many
-    directions are significant is decided by the threshold and not questioned here.
+    The truth is the span of as many leading components of infinitely many gradients. The share is the `reconstruction`
+    of `elrond_core.measure.subspace`, and also 1 - `hallucination`, because both spans have the same dimension. The
+    number of significant directions is that of `fit_pca`; its error is not estimated.
 
-    Gradients towards one target, or of one source, are correlated. If both halves had gradients of one realization, the
-    error due to few realizations would cancel and not be seen. So halves that share no target are compared, then
-    halves that share no source, and the lower quality is returned.
+    Gradients of one source or one target are correlated. If both halves had gradients of the same realizations, they
+    would share the error due to few realizations. So the gradients are divided into halves that share no target, and
+    into halves that share no source. The lower of the two qualities is returned.
 
     Args:
         gradients: at least four, of at least two sources and two targets.
@@ -89,19 +91,19 @@ def split_half_quality(gradients: Gradients, *, significance: float = 2.5, seed:
         )
     count = len(fit_pca(gradients, significance=significance, limit=max(1, len(gradients) // 2 - 1))[0])
     qualities = []
-    for owners in (gradients.targets, gradients.sources):
-        agreements = [_agreement(gradients, half, count) for half in _halvings(owners, seed)]
+    for realizations in (gradients.targets, gradients.sources):
+        agreements = [_agreement(gradients, half, count) for half in _halvings(realizations, seed)]
         qualities.append(sum(agreements) / len(agreements))
     return min(qualities)
 
 
-def _halvings(owners: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
-    """Masks (N,) of about half the gradients: for each owner all of its gradients or none."""
-    names, places = owners.unique(return_inverse=True)
+def _halvings(realizations: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
+    """Masks (N,) of about half of the gradients, which have all gradients of a realization or none."""
+    distinct, places = realizations.unique(return_inverse=True)
     for index in range(_HALVINGS):
-        rank = torch.randperm(len(names), generator=generator(seed, "halving", index))[places]
+        rank = torch.randperm(len(distinct), generator=generator(seed, "halving", index))[places]
         sizes = torch.bincount(rank).cumsum(0)
-        yield rank <= (sizes - len(owners) / 2).abs().argmin()
+        yield rank <= (sizes - len(realizations) / 2).abs().argmin()
 
 
 def _agreement(gradients: Gradients, half: torch.Tensor, count: int) -> float:

@@ -1,4 +1,4 @@
-"""Comparing what two sets of directions span, such as two concepts, two methods or two sample sizes."""
+"""Comparison of the spans of two sets of directions, such as of two concepts, methods or sample sizes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from ..directions import Directions, fix_signs
 from ..errors import ElrondError
 
-# Angle in degrees by which rounding to float32 may turn a principal vector; larger than for one direction, because
-# nearly parallel directions amplify it.
+# Angle in degrees by which rounding to float32 may rotate a principal vector. Nearly parallel directions amplify it.
 _ROUNDING = 0.01
 
 
@@ -24,8 +23,8 @@ class Comparison:
         angles: float32, (min(k_A, k_B),): principal angles between the spans in degrees, ascending.
         reconstruction: share of A's span that lies in B's, 0 to 1.
         hallucination: share of B's span that lies outside of A's, 0 to 1.
-        shared: directions that both span to within the limit, smallest angle first; None if there is none.
-        only_a: directions of A's span that B's lacks, largest angle first; None if there is none.
+        shared: directions in both spans, to within the limit, smallest angle first; None if there is none.
+        only_a: directions of A's span outside of B's, largest angle first; None if there is none.
         only_b: the same for B.
     """
 
@@ -50,11 +49,11 @@ class Comparison:
 
 def orthonormal(vectors: torch.Tensor) -> torch.Tensor:
     """An orthonormal basis, float64 (k, D), of the span of (K, …) vectors; k < K where they depend on each other."""
-    # Pivoting tells how many are independent, in a third of the time of singular values.
+    # Pivoting shows the rank, in a third of the time of a singular value decomposition.
     columns = vectors.flatten(1).double().numpy().T
     basis, triangle, _ = scipy.linalg.qr(columns, mode="economic", pivoting=True)
-    left = torch.from_numpy(triangle).diagonal().abs()
-    return torch.from_numpy(basis.T[: int((left > 1e-6 * left[0]).sum())])
+    diagonal = torch.from_numpy(triangle).diagonal().abs()
+    return torch.from_numpy(basis.T[: int((diagonal > 1e-6 * diagonal[0]).sum())])
 
 
 def reconstruction(reference: torch.Tensor, sample: torch.Tensor) -> float:
@@ -75,16 +74,16 @@ def principal_angles(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _principal(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Principal vectors of two orthonormal bases in their coordinates, as columns (k_A, k) and (k_B, k), and angles.
 
-    Angles from sines as well as cosines, since a cosine near 1 cannot tell small ones apart (Björck and Golub, 1973).
+    Sines are used as well as cosines, because the cosine of a small angle is 1 up to rounding (Björck and Golub, 1973).
     """
     left, cosines, right = torch.linalg.svd(a @ b.T, full_matrices=False)
-    along = right @ b
-    sines = (along - along @ a.T @ a).norm(dim=1)
+    vectors = right @ b
+    sines = (vectors - vectors @ a.T @ a).norm(dim=1)
     return left, right.T, torch.rad2deg(torch.atan2(sines, cosines))
 
 
 def _covered(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Dimensions that the spans of two orthonormal bases share; rounding may make them more than there are."""
+    """Number of dimensions that the spans of two orthonormal bases share. Rounding must not make it exceed theirs."""
     return min(float((a @ b.T).square().sum()), len(a), len(b))
 
 
@@ -111,29 +110,36 @@ def compare(a: Directions, b: Directions, *, limit: float = 45.0) -> Comparison:
     if not 0 <= limit <= 90:
         raise ElrondError(f"The limit must be between 0 and 90 degrees, got {limit}.")
     span_a, span_b = orthonormal(a.vectors), orthonormal(b.vectors)
-    turn_a, turn_b, angles = _principal(span_a, span_b)
+    principal_a, principal_b, angles = _principal(span_a, span_b)
     pairs = int((angles <= limit + _ROUNDING).sum())
     cosines, sines = torch.deg2rad(angles).cos(), torch.deg2rad(angles).sin()
-    both = turn_a[:, :pairs].T @ span_a + turn_b[:, :pairs].T @ span_b
+    middle = principal_a[:, :pairs].T @ span_a + principal_b[:, :pairs].T @ span_b
     return Comparison(
         cosines=(a.vectors.flatten(1) @ b.vectors.flatten(1).T).abs().float(),
         angles=angles.float(),
         reconstruction=reconstruction(span_a, span_b),
         hallucination=hallucination(span_a, span_b),
-        shared=_directions(both, cosines[:pairs], a, "shared", "cosine"),
-        only_a=_directions(*_foreign(span_a, turn_a, sines, pairs), a, "only in A", "sine"),
-        only_b=_directions(*_foreign(span_b, turn_b, sines, pairs), b, "only in B", "sine"),
+        shared=_directions(middle, cosines[:pairs], a, "shared", "cosine"),
+        only_a=_directions(*_outside(span_a, principal_a, sines, pairs), a, "only in A", "sine"),
+        only_b=_directions(*_outside(span_b, principal_b, sines, pairs), b, "only in B", "sine"),
     )
 
 
-def _foreign(
-    span: torch.Tensor, turn: torch.Tensor, sines: torch.Tensor, pairs: int
+def _outside(
+    span: torch.Tensor, principal: torch.Tensor, sines: torch.Tensor, pairs: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vectors of a span from the most foreign on, and their sines; `turn` has the principal vectors as columns."""
-    # What is beyond the smaller span has no partner: it is as foreign as can be.
-    alone = torch.linalg.qr(turn, mode="complete")[0][:, turn.shape[1] :]
-    chosen = torch.cat([alone, turn[:, pairs:].flip(1)], dim=1)
-    return chosen.T @ span, torch.cat([sines.new_ones(alone.shape[1]), sines[pairs:].flip(0)])
+    """Vectors of a span outside of the other, largest angle first, and the sines of their angles.
+
+    Args:
+        span: orthonormal basis (k, D).
+        principal: its principal vectors in its coordinates, as columns.
+        sines: of the principal angles.
+        pairs: number of leading principal vectors that are shared.
+    """
+    # Dimensions beyond those of the smaller span have no partner: they are at right angles to the other span.
+    unpaired = torch.linalg.qr(principal, mode="complete")[0][:, principal.shape[1] :]
+    coordinates = torch.cat([unpaired, principal[:, pairs:].flip(1)], dim=1)
+    return coordinates.T @ span, torch.cat([sines.new_ones(unpaired.shape[1]), sines[pairs:].flip(0)])
 
 
 def _directions(

@@ -1,4 +1,4 @@
-"""Adding a direction to the concept's rows."""
+"""Steering: a change is added to the concept's rows of a conditioning."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def steer(conditioning: torch.Tensor, rows: tuple[int, ...], change: torch.Tenso
     Args:
         conditioning: (B, T, d), any float dtype; not modified.
         rows: the concept's R rows.
-        change: (R, d) for every entry alike, or (N, R, d), one an entry; B must then be 1 or N. A direction over one
-            row moves each of several rows alike.
+        change: (R, d) for all entries, or (N, R, d), one an entry; B must then be 1 or N. R may also be 1: then all
+            rows take the same step.
 
     Returns:
-        a new tensor (max(B, N), T, d) of the conditioning's dtype. A change of zero returns the rows bit by bit.
+        A new tensor (max(B, N), T, d) of the conditioning's dtype. Rows whose change is zero are the same bit by bit.
 
     Raises:
         ElrondError: if the widths or the numbers of rows or entries do not fit.

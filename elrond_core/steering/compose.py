@@ -1,4 +1,4 @@
-"""Making sets of directions out of sets of directions."""
+"""Subsets, sums and orthogonalised versions of sets of directions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from ..directions import Directions
 from ..errors import ElrondError
 
-# What is left of a direction that the ones before it span is rounding.
+# Length below which what remains of a unit direction is rounding.
 _SPANNED = 1e-4
 
 
@@ -37,26 +37,27 @@ def merge(first: Directions, second: Directions) -> Directions:
 
 
 def subset(directions: Directions, indices: Sequence[int]) -> Directions:
-    """Some directions, in the order asked for."""
-    chosen = list(indices)
+    """The directions with these indices, in this order."""
+    order = list(indices)
     return replace(
         directions,
-        vectors=directions.vectors[chosen],
-        scores=directions.scores[chosen],
-        names=tuple(directions.names[i] for i in chosen),
-        stars=tuple(directions.stars[i] for i in chosen),
-        natural_std=tuple(directions.natural_std[i] for i in chosen) if directions.natural_std else (),
-        densities=tuple(directions.densities[i] for i in chosen) if directions.densities else (),
+        vectors=directions.vectors[order],
+        scores=directions.scores[order],
+        names=tuple(directions.names[i] for i in order),
+        stars=tuple(directions.stars[i] for i in order),
+        natural_std=tuple(directions.natural_std[i] for i in order) if directions.natural_std else (),
+        densities=tuple(directions.densities[i] for i in order) if directions.densities else (),
     )
 
 
 def weighted_sum(directions: Directions, weights: Sequence[float]) -> Directions:
-    """One direction: the sum of all, each times its weight, brought to unit norm.
+    """The weighted sum of all directions, as one direction of unit norm.
 
-    Its score is that of uncorrelated directions: the mean of their scores weighted by the squared weights.
+    Its score is the mean of their scores, weighted by the squared weights: the variance of a sum of uncorrelated
+    directions.
 
     Raises:
-        ElrondError: if the weights are not one each, not finite, or cancel.
+        ElrondError: if there is not one weight a direction, one is not finite, or the directions cancel.
     """
     if len(weights) != len(directions):
         raise ElrondError(f"The sum of {len(directions)} directions needs as many weights, not {len(weights)}.")
@@ -65,54 +66,53 @@ def weighted_sum(directions: Directions, weights: Sequence[float]) -> Directions
     norm = float(vector.norm())
     if not torch.isfinite(weight).all() or norm <= _SPANNED * float(weight.abs().max()):
         raise ElrondError("These weights are not finite, or their directions cancel to nothing.")
-    words = [f"{w:+g} {name or i}" for i, (w, name) in enumerate(zip(weights, directions.names, strict=True)) if w]
+    terms = [f"{w:+g} {name or i}" for i, (w, name) in enumerate(zip(weights, directions.names, strict=True)) if w]
     return Directions(
         (vector / norm).float()[None],
         ((weight**2 * directions.scores.double()).sum() / (weight**2).sum()).float()[None],
         {"name": "weighted sum", "of": _name(directions), "weights": ", ".join(f"{w:g}" for w in weights)},
         directions.provenance,
-        names=(" ".join(words)[:200],),
+        names=(" ".join(terms)[:200],),
         score_name=directions.score_name,
     )
 
 
 def orthogonalised(directions: Directions) -> Directions:
-    """Each direction without what those before it already do (Gram and Schmidt), at unit norm, with its old score.
+    """Each direction without its part in the span of those before it (Gram and Schmidt), at unit norm.
+
+    Scores stay as they were.
 
     Raises:
-        ElrondError: if a direction is spanned by those before it.
+        ElrondError: if a direction is in the span of those before it.
     """
-    flat = directions.vectors.flatten(1).double()
-    basis: list[torch.Tensor] = []
-    for i, vector in enumerate(flat):
-        left = vector
-        # Twice, since one pass in finite precision leaves directions of a large set slightly aslant.
-        for _ in range(2):
-            for done in basis:
-                left = left - (left @ done) * done
-        if left.norm() < _SPANNED:
-            raise ElrondError(f"Direction {i} is a mix of those before it; leave it out.")
-        basis.append(left / left.norm())
+    basis, triangle = torch.linalg.qr(directions.vectors.flatten(1).double().T)
+    # On the diagonal: the length, up to sign, of what is outside of the span of the directions before. There are no
+    # entries for more directions than dimensions.
+    diagonal = torch.zeros(len(directions), dtype=torch.float64)
+    diagonal[: len(triangle)] = triangle.diagonal()
+    spanned = diagonal.abs() < _SPANNED
+    if spanned.any():
+        raise ElrondError(f"Direction {int(spanned.long().argmax())} is a mix of those before it; leave it out.")
     return replace(
         directions,
-        vectors=torch.stack(basis).float().reshape(directions.vectors.shape),
+        vectors=(basis * diagonal.sign()).T.float().reshape(directions.vectors.shape),
         method={**directions.method, "orthogonalised": "yes"},
-        # What is left of a direction reaches elsewhere, and is no latent.
+        # An orthogonalised direction has another natural variation, and is no latent.
         natural_std=(),
         densities=(),
     )
 
 
 def renamed(directions: Directions, names: Sequence[str]) -> Directions:
-    """Directions with new names, in order; an empty one keeps the name there is, and missing ones are empty.
+    """Directions with new names, in order. A direction whose name is empty or missing keeps its old one.
 
     Raises:
         ElrondError: if there are more names than directions.
     """
     if len(names) > len(directions):
         raise ElrondError(f"There are {len(names)} names for {len(directions)} directions.")
-    given = [name.strip() for name in names] + [""] * (len(directions) - len(names))
-    return replace(directions, names=tuple(new or old for new, old in zip(given, directions.names, strict=True)))
+    new_names = [name.strip() for name in names] + [""] * (len(directions) - len(names))
+    return replace(directions, names=tuple(new or old for new, old in zip(new_names, directions.names, strict=True)))
 
 
 def _name(directions: Directions) -> str:

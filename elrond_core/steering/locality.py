@@ -1,8 +1,8 @@
-"""Keeping a direction local: where in an image a concept is, and how much of a change falls elsewhere.
+"""Where in an image a concept is, and how much of a change falls elsewhere.
 
-The region is found as DiffEdit does (Couairon et al., arXiv 2210.11427): images are noised half way, and it is where
-the clean estimate differs between two conditionings, on the mean of ten noises. Here the two are the prompt and the
-prompt with the concept's rows moved at random.
+The region is found as in DiffEdit (Couairon et al., arXiv 2210.11427). Images are noised to a level in the middle of
+the schedule. The region is where the clean estimate differs between two conditionings, on the mean of ten noises. Here
+one conditioning is the prompt; in the other the concept's rows take a random step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..errors import ElrondError
 from ..seeding import normal
 
 
-def answer_maps(
+def sensitivity_maps(
     denoiser: Denoiser,
     latents: torch.Tensor,
     sigma: float,
@@ -27,43 +27,43 @@ def answer_maps(
     batch_size: int = 1,
     on_batch: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
-    """How strongly the clean estimate answers, cell by cell, to random movements of each concept's rows.
+    """Change of the clean estimate, cell by cell, under random steps of each concept's rows.
 
-    A movement is as long as the concept's own rows are, in a random direction.
+    A step has a random direction and the length of the concept's rows.
 
     Args:
         denoiser: the model.
         latents: images, (N, C, …, H, W), in the model's own scale.
         sigma: noise level.
-        seed: fixes noise and movements; map i depends on (seed, i) only.
+        seed: fixes noises and steps. Map i depends on (seed, i) only.
         concepts: for each concept, its places among the denoiser's rows.
-        draws: noises and movements that a map is the mean of.
+        draws: number of noises and steps that a map averages.
         batch_size: images a forward pass.
-        on_batch: called with the number of images so far; may raise to stop.
+        on_batch: called with the number of finished images; may raise to stop.
 
     Returns:
-        float32 (concepts, N, H, W): the root mean square change of a cell over draws and channels.
+        float32 (concepts, N, H, W): root mean square change of a cell over draws and channels.
 
     Raises:
-        ElrondError: if an image shows no change at all, or one that is not finite.
+        ElrondError: if the estimate of an image does not change, or is not finite.
     """
     energy = torch.zeros(len(concepts), len(latents), *latents.shape[-2:])
-    for some in torch.arange(len(latents)).split(max(1, batch_size)):
+    for indices in torch.arange(len(latents)).split(max(1, batch_size)):
         for draw in range(draws):
-            noise = normal(tuple(latents.shape[1:]), seed, f"region noise {draw}", some.tolist())
-            noisy = denoiser.noised(latents[some], noise, sigma)
+            noise = normal(tuple(latents.shape[1:]), seed, f"region noise {draw}", indices.tolist())
+            noisy = denoiser.noised(latents[indices], noise, sigma)
             encoded = denoiser.rows_at(sigma)
-            rows = encoded.expand(len(some), *encoded.shape)
-            still = denoiser.denoised(noisy, sigma, rows)
+            rows = encoded.expand(len(indices), *encoded.shape)
+            before = denoiser.denoised(noisy, sigma, rows)
             for k, places in enumerate(concepts):
-                own = encoded[list(places)]
-                step = normal(tuple(own.shape), seed, f"region step {draw}", some.tolist())
-                step = step * own.norm() / step.flatten(1).norm(dim=1)[:, None, None]
-                moved = rows.index_add(1, torch.tensor(places), step)
-                change = (denoiser.denoised(noisy, sigma, moved) - still).float().square()
-                energy[k, some] += change.flatten(1, -3).mean(1).cpu() / draws
+                concept_rows = encoded[list(places)]
+                step = normal(tuple(concept_rows.shape), seed, f"region step {draw}", indices.tolist())
+                step = step * concept_rows.norm() / step.flatten(1).norm(dim=1)[:, None, None]
+                after = denoiser.denoised(noisy, sigma, rows.index_add(1, torch.tensor(places), step))
+                change = (after - before).float().square()
+                energy[k, indices] += change.flatten(1, -3).mean(1).cpu() / draws
         if on_batch:
-            on_batch(int(some[-1]) + 1)
+            on_batch(int(indices[-1]) + 1)
     if not torch.isfinite(energy).all() or (energy.amax((2, 3)) == 0).any():
         raise ElrondError("The model does not answer to movements of the concept's rows in finite numbers.")
     return energy.sqrt()
@@ -72,51 +72,54 @@ def answer_maps(
 def region(maps: torch.Tensor, threshold: float = 0.0, grow: int = 0) -> torch.Tensor:
     """The cells of the first concept.
 
+    A cell belongs to the concept whose map, divided by its mean over the image, is the largest there.
+
     Args:
-        maps: (concepts, N, H, W), see `answer_maps`. A cell belongs to the concept that answers most there, in
-            proportion to its mean answer.
-        threshold: share of an image's strongest answer above which a cell belongs to the concept; 0 for Otsu's.
+        maps: (concepts, N, H, W), see `sensitivity_maps`.
+        threshold: share of an image's largest value above which a cell belongs to the concept; 0 takes Otsu's.
         grow: cells to add on every side.
 
     Returns:
         bool (N, H, W).
     """
-    own = maps[0]
-    cut = threshold * own.amax((1, 2)) if threshold else torch.stack([otsu(one) for one in own])
-    shares = maps / maps.mean((2, 3), keepdim=True)
-    inside = (own > cut[:, None, None]) & (shares[0] >= shares.amax(0))
+    first = maps[0]
+    cut = threshold * first.amax((1, 2)) if threshold else torch.stack([otsu(image) for image in first])
+    relative = maps / maps.mean((2, 3), keepdim=True)
+    inside = (first > cut[:, None, None]) & (relative[0] >= relative.amax(0))
     if grow:
-        wide = torch.nn.functional.max_pool2d(inside[:, None].float(), 2 * grow + 1, stride=1, padding=grow)
-        inside = wide[:, 0] > 0
+        dilated = torch.nn.functional.max_pool2d(inside[:, None].float(), 2 * grow + 1, stride=1, padding=grow)
+        inside = dilated[:, 0] > 0
     return inside
 
 
 def otsu(values: torch.Tensor) -> torch.Tensor:
-    """The threshold that sets two groups of values furthest apart (Otsu 1979), between the two next to it.
+    """The threshold of largest variance between the values below and above it (Otsu, 1979).
+
+    It is half way between the two values next to it.
 
     Args:
         values: float, any shape, at least two.
 
     Returns:
-        a number (), float32.
+        A number (), float32.
     """
     ordered = values.flatten().double().sort().values
     count = torch.arange(1, len(ordered))
     below = ordered.cumsum(0)[:-1]
-    apart = (ordered.sum() - below) / (len(ordered) - count) - below / count
-    place = int((count * (len(ordered) - count) * apart.square()).argmax())
+    difference = (ordered.sum() - below) / (len(ordered) - count) - below / count
+    place = int((count * (len(ordered) - count) * difference.square()).argmax())
     return ((ordered[place] + ordered[place + 1]) / 2).float()
 
 
 @dataclass(frozen=True)
 class Leak:
-    """How a change is spread over images.
+    """How much of a change of images is inside and outside of a region.
 
     Attributes:
         inside: float32 (N,): mean squared change within the region.
         outside: float32 (N,): mean squared change in the rest.
-        leak: float32 (N,): the share of the change that falls outside over the share of the area that lies there: 0
-            if all is inside, 1 if it is spread evenly, above 1 if there is more outside; NaN where nothing changes.
+        leak: float32 (N,): mean squared change outside over that of the whole image: 0 if all change is inside, 1 if it
+            is spread evenly, above 1 if there is more outside; NaN where nothing changes.
     """
 
     inside: torch.Tensor
@@ -128,13 +131,22 @@ class Leak:
         """The leak, averaged over the images that change."""
         return float(self.leak.nanmean())
 
+    def lines(self) -> list[str]:
+        """A report: the mean, and a line an image."""
+        lines = [f"mean leak {self.mean:.3f}"]
+        for i, (inside, outside, leak) in enumerate(zip(self.inside, self.outside, self.leak, strict=True)):
+            roots = f"{float(inside.sqrt()):.4f} inside, {float(outside.sqrt()):.4f} outside"
+            ratio = "no change" if leak.isnan() else f"leak {float(leak):.3f}"
+            lines.append(f"image {i}: {ratio} (root mean square change {roots})")
+        return lines
+
 
 def measure_leak(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor) -> Leak:
-    """Compare images, or latents, of the same seeds without and with steering.
+    """Measure how much of the change between images, or latents, of the same seeds is outside of a region.
 
     Args:
-        before: float (N, …, H, W), without.
-        after: the same, with.
+        before: float (N, …, H, W), without steering.
+        after: the same with steering.
         mask: float in [0, 1], (N, H, W) or (1, H, W): the concept's region.
 
     Raises:

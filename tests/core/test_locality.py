@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from elrond_core.errors import ElrondError
-from elrond_core.steering.locality import answer_maps, measure_leak, otsu, region
+from elrond_core.steering.locality import measure_leak, otsu, region, sensitivity_maps
 
 WIDTH, CELLS = 6, (4, 5)
 
@@ -45,7 +45,7 @@ def model() -> Linear:
 def test_maps_in_closed_form(model: Linear, batch_size: int) -> None:
     latents = torch.randn(3, WIDTH, *CELLS, generator=torch.Generator().manual_seed(1))
     done: list[int] = []
-    maps = answer_maps(model, latents, 0.5, 7, [[0], [2]], 4, batch_size, done.append)
+    maps = sensitivity_maps(model, latents, 0.5, 7, [[0], [2]], 4, batch_size, done.append)
     assert maps.shape == (2, 3, *CELLS) and done[-1] == 3 and len(done) == 3 // batch_size
     for k, row in enumerate((0, 2)):
         # Steps are as long as the row is, whatever their direction, so every image has the same map.
@@ -59,7 +59,7 @@ def test_maps_of_several_rows_and_of_frames(model: Linear) -> None:
             return noisy + super().denoised(torch.zeros(1), sigma, rows)[:, :, None]
 
     latents = torch.zeros(1, WIDTH, 2, *CELLS)
-    maps = answer_maps(Frames(model.weights), latents, 0.5, 7, [[0, 2]], 500)
+    maps = sensitivity_maps(Frames(model.weights), latents, 0.5, 7, [[0, 2]], 500)
     # Each of the two rows gets half the energy on average.
     both = model.rows[[0, 2]].square().sum() / 2 / WIDTH
     expected = (model.weights.square().sum(0) * both).sqrt()
@@ -68,9 +68,9 @@ def test_maps_of_several_rows_and_of_frames(model: Linear) -> None:
 
 def test_a_model_that_does_not_answer(model: Linear) -> None:
     with pytest.raises(ElrondError, match="does not answer to movements"):
-        answer_maps(model, torch.zeros(1, WIDTH, *CELLS), 0.5, 7, [[1]], 2)
+        sensitivity_maps(model, torch.zeros(1, WIDTH, *CELLS), 0.5, 7, [[1]], 2)
     with pytest.raises(ElrondError, match="finite"):
-        answer_maps(Linear(model.weights * torch.inf), torch.zeros(1, WIDTH, *CELLS), 0.5, 7, [[0]], 2)
+        sensitivity_maps(Linear(model.weights * torch.inf), torch.zeros(1, WIDTH, *CELLS), 0.5, 7, [[0]], 2)
 
 
 def test_regions(model: Linear) -> None:

@@ -10,7 +10,7 @@ import torch
 from builders import gradients
 
 from elrond_core.decompose.moments import Moments
-from elrond_core.decompose.response import check_response
+from elrond_core.decompose.response import check_probes
 from elrond_core.errors import ElrondError
 from elrond_core.provenance import Provenance
 
@@ -143,7 +143,7 @@ def test_a_response_that_is_not_finite_is_named() -> None:
     numbers = torch.arange(5)
     source = gradients(_sample(5), sources=numbers, targets=numbers + 1, response=response)
     with pytest.raises(ElrondError, match=r"The response is not finite \(NaN or infinity\) in row 6;"):
-        check_response(source)
+        check_probes(source)
 
 
 @pytest.mark.parametrize(

@@ -84,14 +84,14 @@ def test_rules() -> None:
     total = float(wide.eigenvalues.sum())
     assert wide.threshold == pytest.approx(2.5 / 40 * total)
     assert narrow.threshold == pytest.approx(2.5 / 10 * total)
-    assert wide.kept == wide.significant == int((wide.ratios > 2.5 / 40).sum())
-    assert narrow.kept < wide.kept
+    assert wide.n_components == wide.significant == int((wide.ratios > 2.5 / 40).sum())
+    assert narrow.n_components < wide.n_components
 
 
 def test_isotropic_gradients_keep_one_and_say_so() -> None:
     vectors = torch.cat([torch.eye(40), -torch.eye(40)]).reshape(80, 2, 20)
     directions, spectrum = fit_pca(gradients(vectors))
-    assert len(directions) == spectrum.kept == 1 and spectrum.significant == 0
+    assert len(directions) == spectrum.n_components == 1 and spectrum.significant == 0
     assert spectrum.note == "No component is above the threshold; the leading one was kept."
 
 

@@ -101,7 +101,7 @@ def span(axes: Axes, label: str) -> tuple[float, float]:
 
 
 def test_scree_shows_the_spectrum_what_is_kept_and_the_threshold() -> None:
-    (axes,) = scree_figure(replace(SPECTRUM, kept=3)).axes
+    (axes,) = scree_figure(replace(SPECTRUM, n_components=3)).axes
     ranks, values = points(line(axes, "kept: 3"))
     assert ranks == [1, 2, 3] and np.allclose(values, VALUES[:3])
     ranks, values = points(line(axes, "left out"))
@@ -195,7 +195,7 @@ def test_heatmap_shows_the_cosines_and_the_angles() -> None:
 
 
 CASES: dict[str, tuple[Callable[[], np.ndarray], Callable[[], np.ndarray]]] = {
-    "scree": (lambda: scree(SPECTRUM), lambda: scree(replace(SPECTRUM, kept=3))),
+    "scree": (lambda: scree(SPECTRUM), lambda: scree(replace(SPECTRUM, n_components=3))),
     "sae": (lambda: sae_report(SAE), lambda: sae_report(replace(SAE, losses=SAE.losses[:1]))),
     "lid": (lambda: lid_plot(LID), lambda: lid_plot(replace(LID, interval=(5, None), detectable=False))),
     "subspace": (lambda: subspace_heatmap(comparison(5)), lambda: subspace_heatmap(comparison(1))),

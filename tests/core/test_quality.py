@@ -7,7 +7,7 @@ import torch
 from elrond_core.decompose.pca import fit_pca
 from elrond_core.errors import ElrondError
 from elrond_core.gradients import Gradients
-from elrond_core.measure.quality import Sufficient, split_half_quality
+from elrond_core.measure.quality import StopAtQuality, split_half_quality
 from elrond_core.measure.subspace import hallucination, reconstruction
 
 SIGNAL, WIDTH = 4, 64
@@ -70,7 +70,7 @@ def test_a_collection_stops_where_it_is_good_enough(wanted: float) -> None:
     right = []
     for seed in range(8):
         vectors, owners = drawn(8000, 80_000, seed)
-        sufficient = Sufficient(wanted, 8000)
+        sufficient = StopAtQuality(wanted, 8000)
         count = next(n for n in range(16, 8000, 16) if sufficient(gradients(vectors[:n], owners[:n])))
         assert wanted <= sufficient.estimate and sufficient.count == count
         found = fit_pca(gradients(vectors[:count], owners[:count]))[0].vectors.flatten(1).double()
@@ -83,7 +83,7 @@ def test_a_collection_stops_where_it_is_good_enough(wanted: float) -> None:
 
 def test_a_collection_that_is_never_good_enough_says_so() -> None:
     vectors, owners = drawn(300, 5, 0)
-    sufficient = Sufficient(0.99, 300)
+    sufficient = StopAtQuality(0.99, 300)
     assert not sufficient(gradients(vectors[:63], owners[:63])) and sufficient.estimate is None
     assert not sufficient(gradients(vectors[:64], owners[:64])) and sufficient.count == 64
     assert not sufficient(gradients(vectors[:79], owners[:79])) and sufficient.count == 64
@@ -98,6 +98,6 @@ def test_what_is_refused() -> None:
         split_half_quality(gradients(torch.randn(3, WIDTH), torch.arange(3)))
     for wanted in (0.0, 1.0, float("nan")):
         with pytest.raises(ElrondError, match="must be above 0 and below 1"):
-            Sufficient(wanted, 100)
+            StopAtQuality(wanted, 100)
     with pytest.raises(ElrondError, match="at least 64 gradients: raise the count, which is 63"):
-        Sufficient(0.9, 63)
+        StopAtQuality(0.9, 63)

@@ -7,7 +7,7 @@ import torch
 
 from elrond_core.collect.collection import CollectionPlan, collect
 from elrond_core.decompose.pca import fit_pca
-from elrond_core.decompose.response import choose_ridge, components, fit_response, halved
+from elrond_core.decompose.response import choose_ridge, components, fit_response, halved_metric
 from elrond_core.errors import ElrondError
 from elrond_core.gradients import Gradients
 from elrond_core.measure.subspace import orthonormal, principal_angles
@@ -85,7 +85,7 @@ def test_reach_is_that_of_the_steps_which_make_the_images(gradients: Gradients, 
 def test_scores_are_latent_variances(gradients: Gradients) -> None:
     directions, spectrum = fit_response(gradients, significance=1)
     assert directions.scores.tolist() == pytest.approx(VARIANCES[:3].tolist(), rel=0.1)
-    assert spectrum.significant == spectrum.kept == 3 and spectrum.threshold == 1
+    assert spectrum.significant == spectrum.n_components == 3 and spectrum.threshold == 1
     assert float(spectrum.eigenvalues[4:].max()) < 0.05
 
 
@@ -130,7 +130,7 @@ def test_what_a_token_norm_does_not_change_is_left_out(equals: Gradients) -> Non
         mean = float(Linear().jacobian.square().sum()) / WIDTH
         assert ridge == pytest.approx(1 / norm**2 / mean, rel=0.1)
     unknown = replace(equals, provenance=equals.provenance.with_(latent_values=0))
-    assert components(unknown).ridge == choose_ridge(*halved(equals.response))
+    assert components(unknown).ridge == choose_ridge(*halved_metric(equals.response))
 
 
 def test_a_large_ridge_is_pca(gradients: Gradients) -> None:
@@ -156,7 +156,7 @@ def test_fewer_responses_than_dimensions(gradients: Gradients) -> None:
 def test_the_ridge_falls_with_the_sample() -> None:
     scale = 2.0 ** -torch.linspace(0, 5, 30)
     sample = torch.randn(3000, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * scale
-    ridges = [choose_ridge(*halved(sample[:count])) for count in (20, 100, 3000)]
+    ridges = [choose_ridge(*halved_metric(sample[:count])) for count in (20, 100, 3000)]
     assert ridges[0] > ridges[1] > ridges[2]
 
 

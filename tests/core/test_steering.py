@@ -23,7 +23,7 @@ def drawn(set_: Directions, count: int, seed: int = 1, **settings) -> torch.Tens
     return torch.stack([change_of(set_, draw)[0] for draw in draws])
 
 
-@pytest.mark.parametrize("settings", [{}, {"mix": 3}, {"how": "spread"}, {"weigh": "score", "mix": 2}])
+@pytest.mark.parametrize("settings", [{}, {"mix": 3}, {"method": "spread"}, {"weighting": "score", "mix": 2}])
 def test_a_step_depends_on_seed_and_index_only(settings: dict) -> None:
     set_ = directions([4.0, 3.0, 2.0, 1.0])
     many, few = drawn(set_, 20, **settings), drawn(set_, 7, **settings)
@@ -32,9 +32,9 @@ def test_a_step_depends_on_seed_and_index_only(settings: dict) -> None:
     torch.testing.assert_close(many.norm(dim=1), torch.ones(20))
 
 
-@pytest.mark.parametrize("how", ["random", "spread"])
-def test_strengths_fill_their_range(how: str) -> None:
-    norms = drawn(directions([1.0] * 3), 256, lowest=0.2, highest=0.6, how=how).norm(dim=1)
+@pytest.mark.parametrize("method", ["random", "spread"])
+def test_strengths_fill_their_range(method: str) -> None:
+    norms = drawn(directions([1.0] * 3), 256, lowest=0.2, highest=0.6, method=method).norm(dim=1)
     assert 0.2 <= norms.min() < 0.21 and 0.59 < norms.max() <= 0.6 + 1e-6
 
 
@@ -44,31 +44,31 @@ def test_a_spread_has_fewer_holes_than_chance() -> None:
     circle = torch.linspace(0, 2 * torch.pi, 720)
     points = torch.stack([circle.cos(), circle.sin()], 1)
 
-    def hole(how: str, seed: int) -> float:
-        return float((points @ drawn(set_, 32, seed, how=how, mix=2).T).amax(1).min().acos())
+    def hole(method: str, seed: int) -> float:
+        return float((points @ drawn(set_, 32, seed, method=method, mix=2).T).amax(1).min().acos())
 
     assert max(hole("spread", seed) for seed in range(10)) < sum(hole("random", seed) for seed in range(10)) / 10
 
 
 def test_scores_weigh() -> None:
     set_ = directions([0.9, 0.1, 0.0])
-    picked = drawn(set_, 400, weigh="score").abs().argmax(1)
+    picked = drawn(set_, 400, weighting="score").abs().argmax(1)
     counts = torch.bincount(picked, minlength=3) / 400
     assert abs(float(counts[0]) - 0.9) < 0.05 and counts[2] == 0
-    parts = drawn(set_, 400, weigh="score", how="spread").square().mean(0)
+    parts = drawn(set_, 400, weighting="score", method="spread").square().mean(0)
     assert parts[0] > 3 * parts[1] and parts[2] == 0
 
 
-@pytest.mark.parametrize("settings", [{}, {"mix": 2}, {"how": "spread"}, {"leading": 2}])
+@pytest.mark.parametrize("settings", [{}, {"mix": 2}, {"method": "spread"}, {"leading": 2}])
 def test_firing_densities_weigh_as_scores_do(settings: dict) -> None:
     dense = replace(directions([0.2, 0.3, 0.5]), densities=(0.09, 0.01, 0.0))
-    as_scores = drawn(directions([0.9, 0.1, 0.0]), 50, weigh="score", **settings)
-    torch.testing.assert_close(drawn(dense, 50, weigh="density", **settings).abs(), as_scores.abs())
+    as_scores = drawn(directions([0.9, 0.1, 0.0]), 50, weighting="score", **settings)
+    torch.testing.assert_close(drawn(dense, 50, weighting="density", **settings).abs(), as_scores.abs())
 
 
 def test_one_sign() -> None:
-    for how in ("random", "spread"):
-        assert (drawn(directions([1.0, 1.0]), 50, both_signs=False, how=how) >= 0).all()
+    for method in ("random", "spread"):
+        assert (drawn(directions([1.0, 1.0]), 50, both_signs=False, method=method) >= 0).all()
 
 
 def test_natural_steps_have_the_variety_of_the_model() -> None:
@@ -76,10 +76,10 @@ def test_natural_steps_have_the_variety_of_the_model() -> None:
     slanted = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.5, 2.0]]), dim=1)
     set_ = replace(directions([1.0] * 3), vectors=slanted[:, None], natural_std=(3.0, 1.0, 0.5))
     wanted = slanted.T @ torch.diag(torch.tensor(set_.natural_std) ** 2) @ slanted
-    torch.testing.assert_close(drawn(set_, 1024, how="natural").T.cov(), wanted, atol=0.1, rtol=0.02)
-    half = drawn(set_, 64, how="natural", lowest=0.5, highest=0.5)
-    torch.testing.assert_close(half, 0.5 * drawn(set_, 64, how="natural"))
-    only = drawn(set_, 64, how="natural", leading=1)
+    torch.testing.assert_close(drawn(set_, 1024, method="natural").T.cov(), wanted, atol=0.1, rtol=0.02)
+    half = drawn(set_, 64, method="natural", lowest=0.5, highest=0.5)
+    torch.testing.assert_close(half, 0.5 * drawn(set_, 64, method="natural"))
+    only = drawn(set_, 64, method="natural", leading=1)
     assert (only[:, 1:] == 0).all() and only[:, 0].std() == pytest.approx(3, rel=0.1)
 
 
@@ -100,22 +100,22 @@ def test_the_parts_of_a_draw_add_up_to_it() -> None:
     [
         ({"lowest": 1.0, "highest": 0.5}, "lowest strength 1.0 is above the highest 0.5"),
         ({"lowest": -1.0}, "at least 0"),
-        ({"how": "natural"}, "take some that were fitted to the model's response"),
-        ({"how": "even"}, "random, spread, natural, not 'even'"),
+        ({"method": "natural"}, "take some that were fitted to the model's response"),
+        ({"method": "even"}, "random, spread, natural, not 'even'"),
         ({"highest": float("nan")}, "finite"),
         ({"mix": 3, "leading": 2}, "mix 1 to 2 of these directions, not 3"),
-        ({"mix": 3, "weigh": "score"}, "mix 1 to 2 of these directions, not 3"),
-        ({"weigh": "density"}, "no firing densities to weigh them by: take those of a sparse autoencoder"),
-        ({"weigh": "by name"}, "equal, score, density, not 'by name'"),
+        ({"mix": 3, "weighting": "score"}, "mix 1 to 2 of these directions, not 3"),
+        ({"weighting": "density"}, "no firing densities to weigh them by: take those of a sparse autoencoder"),
+        ({"weighting": "by name"}, "equal, score, density, not 'by name'"),
     ],
 )
 def test_steps_that_cannot_be_drawn(settings: dict, sentence: str) -> None:
     with pytest.raises(ElrondError, match=sentence):
         drawn(directions([2.0, 1.0, 0.0]), 3, **settings)
     with pytest.raises(ElrondError, match="No direction of this set has a positive score"):
-        drawn(directions([0.0, -1.0]), 3, weigh="score")
+        drawn(directions([0.0, -1.0]), 3, weighting="score")
     with pytest.raises(ElrondError, match="No direction of this set has a positive firing density"):
-        drawn(replace(directions([1.0, 1.0]), densities=(0.0, 0.0)), 3, weigh="density")
+        drawn(replace(directions([1.0, 1.0]), densities=(0.0, 0.0)), 3, weighting="density")
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.5, 0.5), (0.7, 0.2), (-0.1, 1.0), (0.0, 1.1)])

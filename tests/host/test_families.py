@@ -487,10 +487,10 @@ def test_a_compiled_model() -> None:
     """As the stock TorchCompileModel node makes it, here of one block and by the back end that needs no C compiler."""
     model = build(SD)
     compiled = model.clone()
-    set_torch_compile_wrapper(
-        compiled, backend="aot_eager", keys=["diffusion_model.middle_block.1.transformer_blocks.0"]
-    )
-    torch.testing.assert_close(gradient_of(SD, compiled), gradient_of(SD, model), rtol=1e-5, atol=1e-6)
+    keys = ["diffusion_model.middle_block.1.transformer_blocks.0"]
+    set_torch_compile_wrapper(compiled, backend="aot_eager", keys=keys)
+    found = gradient_of(SD, compiled)
+    torch.testing.assert_close(found, gradient_of(SD, model), rtol=1e-5, atol=1e-6)
 
 
 def test_settings_that_this_host_does_not_have_stay_away() -> None:

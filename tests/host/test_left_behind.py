@@ -17,7 +17,7 @@ import pytest
 import torch
 from comfy.ldm.chroma_radiance.layers import NerfEmbedder
 from comfyui_elrond.elrond_core.collect.checkpointing import blocks_of
-from comfyui_elrond.elrond_core.collect.collection import collect
+from comfyui_elrond.elrond_core.collect.collection import CollectionPlan, collect
 from comfyui_elrond.elrond_core.collect.differentiate import gradient
 from comfyui_elrond.elrond_core.provenance import Provenance
 from comfyui_elrond.nodes import host
@@ -172,7 +172,7 @@ def ways(model: Any, decoder: Any, encoder: Any) -> dict[str, tuple[type[BaseExc
                 raise torch.cuda.OutOfMemoryError("Tried to allocate 2.00 GiB.")
 
         with hooked(blocks, full):
-            collect(denoiser, realizations, Provenance("test"), 2, sigma, 0, 2)
+            collect(denoiser, realizations, Provenance("test"), CollectionPlan(2, (sigma,), 0, 2))
         assert len(probes) == 2
 
     cancel = comfy.model_management.InterruptProcessingException
@@ -209,7 +209,7 @@ def test_later_collections_hold_what_the_first_does_and_a_model_can_go(family: F
     weights = [StorageWeakRef(weight.untyped_storage()) for weight in model.model.parameters()]
 
     def collected(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> None:
-        collect(denoiser, realizations, Provenance("test"), 2, sigma, 0, 1)
+        collect(denoiser, realizations, Provenance("test"), CollectionPlan(2, (sigma,), 0, 1))
 
     before = held()
     for _ in range(3):

@@ -69,7 +69,8 @@ async function ask(path, change) {
     body: JSON.stringify(change),
   };
   const reply = await api.fetchApi(path, options);
-  const answer = await reply.json();
+  // A proxy, or a server that is starting, answers with a page.
+  const answer = await reply.json().catch(() => ({ error: `ComfyUI's server answered ${reply.status}: look at its log.` }));
   if (answer.error) throw new Error(answer.error);
   return answer;
 }

@@ -183,6 +183,16 @@ def test_sliders_are_off_where_strengths_come_over_a_wire(page: Any, stored: str
     assert page.get_by_label("Strength of direction 0", exact=True).is_disabled()
 
 
+def test_an_answer_that_is_no_json_is_one_sentence(page: Any, stored: str) -> None:
+    show(page, stored)
+    page.route("**/elrond/directions*", lambda route: route.fulfill(status=502, body="<html>Bad gateway</html>"))
+    try:
+        page.locator(".elrond-panel").first.get_by_label("Look at the files again").click()
+        page.get_by_text("ComfyUI's server answered 502: look at its log.").first.wait_for()
+    finally:
+        page.unroute("**/elrond/directions*")
+
+
 def test_an_image_dropped_onto_the_canvas_makes_its_batch_again(page: Any, server: Server) -> None:
     """The workflow that the frontend saves in an image is enough, whatever was open before."""
     workflow = json.loads((ROOT / "workflows" / "diversify.json").read_text(encoding="utf-8"))

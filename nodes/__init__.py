@@ -13,6 +13,7 @@ from . import (
     host,
     labels,
     locality,
+    mark,
     merge,
     realizations,
     steering,
@@ -21,6 +22,7 @@ from . import (
 
 NODES = [
     *concept.NODES,
+    *mark.NODES,
     *realizations.NODES,
     *gradients.NODES,
     *merge.NODES,

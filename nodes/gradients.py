@@ -33,7 +33,7 @@ class CollectGradients(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model that made the realizations."),
-                io.Conditioning.Input("positive", tooltip="The prompt, from Encode Concept."),
+                io.Conditioning.Input("positive", tooltip="The prompt, from Encode Concept or Mark Concept."),
                 io.Latent.Input("realizations", tooltip="At least two images of this prompt, as latents."),
                 io.Int.Input(
                     "count",

@@ -27,7 +27,7 @@ class ConceptMask(io.ComfyNode):
             "the concept's embedding is moved at random.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that made the images."),
-                io.Conditioning.Input("positive", tooltip="The prompt, from Encode Concept."),
+                io.Conditioning.Input("positive", tooltip="The prompt, from Encode Concept or Mark Concept."),
                 io.Latent.Input("samples", tooltip="Sampled images of this prompt, as latents."),
                 io.Float.Input(
                     "threshold",

@@ -24,7 +24,7 @@ class SampleRealizations(io.ComfyNode):
             description="Samples many images of one prompt, as latents. Realization i depends on the seed and i only.",
             inputs=[
                 io.Model.Input("model", tooltip="The model whose variety you want to study."),
-                io.Conditioning.Input("positive", tooltip="The prompt, from Encode Concept."),
+                io.Conditioning.Input("positive", tooltip="The prompt, from Encode Concept or Mark Concept."),
                 io.Int.Input("width", default=1024, min=16, max=8192, step=8, tooltip="Image width in pixels."),
                 io.Int.Input("height", default=1024, min=16, max=8192, step=8, tooltip="Image height in pixels."),
                 io.Int.Input(

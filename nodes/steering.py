@@ -67,7 +67,9 @@ class ApplyDirection(io.ComfyNode):
             description="Steers the concept along one direction or several. Chain nodes to combine sets of directions, "
             "concepts or parts of the sampling.",
             inputs=[
-                io.Conditioning.Input("conditioning", tooltip="From Encode Concept, or another Apply Direction."),
+                io.Conditioning.Input(
+                    "conditioning", tooltip="From Encode Concept, Mark Concept or another Apply Direction."
+                ),
                 DirectionsIO.Input("directions", tooltip="From Fit PCA, Train SAE or Load Directions."),
                 io.Int.Input("index", default=0, min=0, max=65535, tooltip="Which direction; 0 is the first."),
                 io.Float.Input(
@@ -139,7 +141,7 @@ class Diversify(io.ComfyNode):
             description="Steers every image of a batch along directions of its own, so that a batch is no longer "
             "variations of one picture. Set the latent's batch size to the same count.",
             inputs=[
-                io.Conditioning.Input("conditioning", tooltip="From Encode Concept."),
+                io.Conditioning.Input("conditioning", tooltip="From Encode Concept or Mark Concept."),
                 DirectionsIO.Input("directions", tooltip="From Fit PCA, Train SAE or Load Directions."),
                 io.Int.Input(
                     "count", default=16, min=1, max=4096, tooltip="Images in the batch: the latent's batch size."

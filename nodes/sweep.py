@@ -31,7 +31,7 @@ class DirectionSweep(io.ComfyNode):
             description="Shows what directions do: a row a direction, a column a strength, the same seed throughout.",
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample with."),
-                io.Conditioning.Input("positive", tooltip="The prompt, from Encode Concept."),
+                io.Conditioning.Input("positive", tooltip="The prompt, from Encode Concept or Mark Concept."),
                 DirectionsIO.Input("directions", tooltip="From a fit or Load Directions."),
                 io.Vae.Input("vae", tooltip="Decodes the images."),
                 io.String.Input(

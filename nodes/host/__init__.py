@@ -3,6 +3,7 @@
 from .conditioning import MARK, MarkedPrompt, check_one_image, mark, marked
 from .denoiser import HostDenoiser, with_denoiser
 from .features import image_features, through_features
+from .matching import RowFinder, Text
 from .parts import resized, steer_conditioning
 from .paths import file_folders, make_folders, output_folder, routes
 from .resume import HOST, kept_training, open_shards, training_device
@@ -19,6 +20,7 @@ from .sampling import (
 )
 from .schedule import marked_at
 from .text import EncodedPrompt, encode, family_of
+from .upstream import texts_before
 
 __all__ = [
     "HOST",
@@ -26,6 +28,8 @@ __all__ = [
     "EncodedPrompt",
     "HostDenoiser",
     "MarkedPrompt",
+    "RowFinder",
+    "Text",
     "absent",
     "check_one_image",
     "decode",
@@ -50,6 +54,7 @@ __all__ = [
     "sigma_of",
     "steer_conditioning",
     "stop_if_cancelled",
+    "texts_before",
     "through_features",
     "training_device",
     "with_denoiser",

@@ -77,7 +77,10 @@ def marked(conditioning: Conditioning) -> tuple[torch.Tensor, MarkedPrompt]:
     for tensor, options in conditioning:
         if MARK in options:
             return tensor, options[MARK]
-    raise ElrondError("This conditioning does not know its concept; make it with the ELROND Encode Concept node.")
+    raise ElrondError(
+        "This conditioning does not know its concept: put Mark Concept behind the node that encoded it, or encode it "
+        "with Encode Concept; Concat and Average keep the mark of conditioning_to only."
+    )
 
 
 class PerImage(torch.Tensor):

@@ -41,7 +41,7 @@ def acting(sampling: Any, entries: list[dict[str, Any]], sigma: float) -> dict[s
     parts = [_part(options) for options in entries]
     there = ", ".join(f"{1 - last:.3g} to {1 - first:.3g}" for first, last in parts)
     raise ElrondError(
-        f"The prompt from Encode Concept does not act at this noise level: its part of the sampling is that of noise "
+        f"The marked prompt does not act at this noise level: its part of the sampling is that of noise "
         f"levels {there}. Choose a noise level in there."
     )
 

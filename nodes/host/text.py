@@ -80,6 +80,24 @@ class _Template(NamedTuple):
     tokens: tuple[Any, Any]
 
 
+class Block(NamedTuple):
+    """Where one encoder's rows are in a prompt's conditioning.
+
+    Attributes:
+        name: the encoder, as the tokens name it.
+        group: the number of its group of rows. Encoders of one group are side by side in the same rows.
+        start: the first row.
+        stop: the row after the last.
+        columns: which numbers of these rows are its.
+    """
+
+    name: str
+    group: int
+    start: int
+    stop: int
+    columns: slice
+
+
 class EncodedPrompt:
     """A prompt's conditioning, and which of its rows stand for which words.
 
@@ -127,26 +145,54 @@ class EncodedPrompt:
         Raises:
             ElrondError: if an encoder does not read it.
         """
-        word = span.of(self._prompt)
+        word, changed = span.of(self._prompt), self.rows_of(span)
+        rows: list[int] = []
+        for names in self._groups:
+            of_group = sorted({row for name in names for row in changed[name]})
+            if not of_group:
+                raise unread(names, word)
+            rows += of_group
+        texts = {token.row: token.text for token in self.tokens}
+        return Concept(word, tuple(rows), tuple(texts.get(row, "") for row in rows))
+
+    def rows_of(self, span: Span) -> dict[str, list[int]]:
+        """The rows of what stands at a place in the prompt, for each encoder; none if the encoder does not read it."""
         others = [
             self._tokenize(self._prompt[: span.start] + other + self._prompt[span.stop :])
-            for other in replacements(word)
+            for other in replacements(span.of(self._prompt))
         ]
-        rows: list[int] = []
+        out: dict[str, list[int]] = {}
         for group, names in enumerate(self._groups):
-            changed: set[int] = set()
             for name in names:
                 places = self._places[name]
                 indices = changed_tokens(_keys(places), [_keys(other[name]) for other in others])
-                changed.update(self._rows(group, (places[index] for index in indices)))
-            if not changed:
-                raise ElrondError(
-                    f"The text encoder {'/'.join(names)} does not read {word!r} in the prompt: it has no token for it, "
-                    "leaves it out, or stops before it."
-                )
-            rows += sorted(changed)
-        texts = {token.row: token.text for token in self.tokens}
-        return Concept(word, tuple(rows), tuple(texts.get(row, "") for row in rows))
+                out[name] = self._rows(group, (places[index] for index in indices))
+        return out
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Where each encoder's rows are."""
+        out: list[Block] = []
+        stops = [*self._stops[:-1], self.conditioning[0][0].shape[1]]
+        for group, names in enumerate(self._groups):
+            column = 0
+            # The host puts CLIP L's columns before CLIP G's.
+            for name in reversed(names):
+                width = self._widths[name] if len(names) > 1 else None
+                columns = slice(column, None if width is None else column + width)
+                column = columns.stop or column
+                out.append(Block(name, group, max(0, self._starts[group]), stops[group], columns))
+        return out
+
+    def unweighted(self) -> Conditioning:
+        """The prompt encoded without its weights, as packs do that weight the rows themselves; empty if it has none."""
+        streams = self._clip.tokenize(self._prompt)
+        weighted = False
+        for name in self._widths:
+            for chunk in streams[name]:
+                weighted = weighted or any(weight != 1 for _, weight, *_ in chunk)
+                chunk[:] = [(token, 1.0, *rest) for token, _, *rest in chunk]
+        return self._clip.encode_from_tokens_scheduled(streams) if weighted else []
 
     def doubt(self, concepts: Sequence[Concept]) -> str:
         """Encode the prompt once more with other tokens at the concepts' rows, and compare.
@@ -199,6 +245,14 @@ class EncodedPrompt:
                 for row in self._rows(group, [places[index]]):
                     tokens.setdefault(row, Token(texts[index], row))
         return [tokens[row] for row in sorted(tokens)]
+
+
+def unread(names: Sequence[str], word: str) -> ElrondError:
+    """What is wrong where encoders have no rows for a word."""
+    return ElrondError(
+        f"The text encoder {'/'.join(names)} does not read {word!r} in the prompt: it has no token for it, leaves it "
+        "out, or stops before it."
+    )
 
 
 def _groups(encoder: Any, streams: dict[str, Any]) -> list[list[str]]:

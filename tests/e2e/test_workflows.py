@@ -309,6 +309,39 @@ def test_a_concept_that_is_not_in_the_prompt(server: Server, node: Any, inputs: 
     fails(server, graph, "ElrondEncodeConcept", pattern)
 
 
+def marked(node: Any, **inputs: Any) -> dict[str, Any]:
+    """A graph that marks a concept in two stock prompts, samples them and shows the report."""
+    return {
+        "word": node("PrimitiveString", value="a red ball"),
+        "plain": node("CLIPTextEncode", clip=["model", 1], text=["word", 0]),
+        "other": node("CLIPTextEncode", clip=["model", 1], text="a blue ball"),
+        "both": node("ConditioningCombine", conditioning_1=["plain", 0], conditioning_2=["other", 0]),
+        **sampled(node, node("ElrondMarkConcept", conditioning=["both", 0], clip=["model", 1], **inputs)),
+        "report": node("PreviewAny", source=["encode", 1]),
+    }
+
+
+def test_mark_concept_reads_the_texts_of_the_graph(server: Server, node: Any) -> None:
+    (report,) = server.run(marked(node, concept="ball"))["report"]["text"]
+    assert re.findall(r"entry \d: (.*)\nconcept 'ball': tokens ball, rows \[3\]", report) == [
+        "a red ball",
+        "a blue ball",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "pattern"),
+    [
+        ({}, "Name the concept"),
+        ({"concept": "dog"}, "No node before Mark Concept holds a text with the concept 'dog'"),
+        ({"text": "a red [box]"}, "The conditioning does not have the rows of 'a red box'"),
+        ({"concept": "dog", "text": "a red box"}, "The concept 'dog' is not in the prompt 'a red box'"),
+    ],
+)
+def test_a_concept_that_cannot_be_marked(server: Server, node: Any, inputs: dict[str, Any], pattern: str) -> None:
+    fails(server, marked(node, **inputs), "ElrondMarkConcept", pattern)
+
+
 def test_fewer_than_two_realizations_are_not_sampled(server: Server, node: Any) -> None:
     graph = sampled(node, node("ElrondEncodeConcept", clip=["model", 1]))
     graph["sample"]["inputs"]["count"] = 1

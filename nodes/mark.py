@@ -1,0 +1,177 @@
+"""MarkConcept: a conditioning of another encoder, with its concept's rows marked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..elrond_core.errors import ElrondError
+from ..elrond_core.prompt import Span, bracketed, find_word, occurrences
+from . import host
+from .types import first_error
+
+
+class MarkConcept(io.ComfyNode):
+    """A conditioning and the text it was encoded from to the same conditioning with marked rows."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="ElrondMarkConcept",
+            display_name="Mark Concept (ELROND)",
+            category="ELROND",
+            description="Marks a concept in a conditioning that another node encoded. It encodes the text again, and "
+            "looks for its rows.",
+            inputs=[
+                io.Conditioning.Input(
+                    "conditioning", tooltip="From CLIP Text Encode or another encoder, also through nodes between."
+                ),
+                io.Clip.Input("clip", tooltip="The CLIP that encoded it, with the same LoRAs."),
+                io.String.Input(
+                    "concept",
+                    default="",
+                    tooltip="The concept word, or several words that stand together. Commas separate several concepts. "
+                    "Empty: what is in [brackets] in the text below.",
+                ),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    default="",
+                    dynamic_prompts=True,
+                    tooltip="The text that was encoded; several are each on a line of their own. Empty: the texts of "
+                    "the nodes before this one.",
+                ),
+                io.Int.Input(
+                    "occurrence",
+                    default=1,
+                    min=1,
+                    max=100,
+                    tooltip="Which one, if a text has the concept word more than once. Brackets say it themselves.",
+                ),
+                io.Int.Input(
+                    "row",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    optional=True,
+                    tooltip="For words that are cut into several tokens: 0 marks all their rows, 1 only the first, 2 "
+                    "the second.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    display_name="conditioning", tooltip="The same conditioning, with the concept marked."
+                ),
+                io.String.Output(
+                    display_name="report", tooltip="Which rows are the concept's, and what could not be marked."
+                ),
+            ],
+            hidden=[io.Hidden.dynprompt, io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, concept: str | None = None, text: str | None = None, occurrence: int | None = None
+    ) -> bool | str:
+        """Refuse what can be seen to be wrong before anything is computed."""
+        return first_error((_check, concept, text, occurrence))
+
+    @classmethod
+    def execute(
+        cls, conditioning: Any, clip: object, concept: str, text: str, occurrence: int, row: int = 0
+    ) -> io.NodeOutput:
+        """Mark the entries whose rows are the text's."""
+        if clip is None:
+            raise ElrondError("The CLIP input is empty: connect the CLIP that encoded the conditioning.")
+        _check(concept, text, occurrence)
+        texts = _listed(text, concept, occurrence) if text.strip() else []
+        if not texts:
+            remembered = [[options[host.MARK].prompt] for _, options in conditioning if host.MARK in options]
+            texts = _known([*remembered, *host.texts_before(cls.hidden, "conditioning")], concept, occurrence)
+        finder = host.RowFinder(clip)
+        out: list[Any] = []
+        lines: list[str] = []
+        reasons: list[ElrondError] = []
+        for number, entry in enumerate(conditioning, 1):
+            try:
+                out.append(finder.mark(entry, texts, row))
+            except ElrondError as error:
+                reasons.append(error)
+                out.append(entry)
+                lines.append(f"entry {number} is not marked. {error}")
+            else:
+                mark = out[-1][1][host.MARK]
+                lines.append(f"entry {number}: {mark.prompt}")
+                lines += [
+                    f"concept {c.word!r}: tokens {' '.join(c.tokens)}, rows {list(c.rows)}" for c in mark.concepts
+                ]
+        if len(reasons) == len(out):
+            raise reasons[0] if reasons else ElrondError("The conditioning has no entries: connect a prompt.")
+        return io.NodeOutput(out, "\n".join([*lines, *finder.doubts()]))
+
+
+def _check(concept: str, text: str, occurrence: int) -> None:
+    """Refuse a concept that is not named, or not in the text.
+
+    Raises:
+        ElrondError: if it is so.
+    """
+    if text.strip():
+        _listed(text, concept, occurrence)
+    elif not _words(concept):
+        raise ElrondError("Name the concept: in the concept field, or in [brackets] in the text that was encoded.")
+
+
+def _words(concept: str) -> list[str]:
+    return [word.strip() for word in concept.split(",") if word.strip()]
+
+
+def _listed(text: str, concept: str, occurrence: int) -> list[host.Text]:
+    """The text, and each of its lines, with their concepts.
+
+    Raises:
+        ElrondError: if it has none.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    candidates = [text, *(lines if len(lines) > 1 else [])]
+    words = _words(concept)
+    if not words:
+        parsed = [bracketed(candidate) for candidate in candidates]
+        if not parsed[0][1]:
+            raise ElrondError("Name the concept: put its word in [brackets] in the text, or in the concept field.")
+        return [host.Text(plain, tuple(spans)) for plain, spans in parsed]
+    texts = [host.Text(candidate, _places(candidate, words, occurrence)) for candidate in candidates]
+    for word in words:
+        # It says why, if no text has the word, or none as often.
+        if not any(len(occurrences(each, word)) >= occurrence for each in candidates):
+            find_word(text, word, occurrence - 1)
+    return texts
+
+
+def _known(nodes: list[list[str]], concept: str, occurrence: int) -> list[host.Text]:
+    """The texts of nodes that have the concept, with other texts of the same nodes.
+
+    Raises:
+        ElrondError: if there is none.
+    """
+    words = _words(concept)
+    texts = [[host.Text(each, _places(each, words, occurrence)) for each in node] for node in nodes]
+    texts = [node for node in texts if any(text.spans for text in node)]
+    if not texts:
+        raise ElrondError(
+            f"No node before Mark Concept holds a text with the concept {concept!r}: write or connect the text that "
+            "was encoded."
+        )
+    # The first is tried by itself.
+    return sorted(dict.fromkeys(text for node in texts for text in node), key=lambda text: not text.spans)
+
+
+def _places(text: str, words: list[str], occurrence: int) -> tuple[Span, ...]:
+    """The places of those concepts that are in the text."""
+    there = [word for word in words if len(occurrences(text, word)) >= occurrence]
+    return tuple(find_word(text, word, occurrence - 1) for word in there)
+
+
+NODES = [MarkConcept]

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import get_device_states, set_device_states
+
+from .saved import Saved, SavedTensors
 
 
 def blocks_of(module: torch.nn.Module) -> list[torch.nn.Module]:
@@ -62,84 +63,6 @@ def _wrapped(blocks: Iterable[torch.nn.Module], around: Callable[..., Any]) -> I
         yield
 
 
-class _Saved:
-    """A tensor that must not change until it is used."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.requires_grad = tensor.requires_grad
-        # Classes that loaders of quantised weights bring have a `detach` of their own.
-        with torch._C.DisableTorchFunctionSubclass():
-            self.keep(torch.Tensor.detach(tensor))
-
-    def keep(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
-        self._version = _version(tensor)
-
-    def get(self) -> torch.Tensor:
-        if _version(self._tensor) != self._version:
-            # As torch says where it notices this itself.
-            raise RuntimeError("A tensor saved for the backward pass has been modified by an inplace operation.")
-        return self._tensor
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-class SavedTensors(TorchDispatchMode):
-    """Keeps tensors for the backward pass.
-
-    While it is active as a mode, it copies a kept tensor before the model overwrites its memory in place; without, a
-    tensor that was overwritten is a RuntimeError when it is used.
-    `torch.autograd.graph.allow_mutation_on_saved_tensors` does the same by address, and misses a saved part of a
-    larger tensor when the whole is overwritten; here what counts is the memory they share.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.active = False
-        self._saved: dict[int, weakref.WeakSet[_Saved]] = {}
-        self._written: dict[Any, list[tuple[int, str]]] = {}
-
-    def __enter__(self) -> SavedTensors:
-        self.active = True
-        return super().__enter__()
-
-    def __exit__(self, *reason: Any) -> None:
-        self.active = False
-        super().__exit__(*reason)
-
-    def pack(self, tensor: torch.Tensor) -> _Saved:
-        """What is kept instead of the tensor."""
-        saved = _Saved(tensor)
-        if self.active:
-            self._saved.setdefault(tensor.untyped_storage().data_ptr(), weakref.WeakSet()).add(saved)
-        return saved
-
-    def unpack(self, saved: _Saved) -> torch.Tensor:
-        """The tensor as it was, without its history."""
-        return saved.get()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func not in self._written:
-            self._written[func] = [
-                (place, argument.name)
-                for place, argument in enumerate(func._schema.arguments)
-                if argument.alias_info is not None and argument.alias_info.is_write
-            ]
-        for place, name in self._written[func]:
-            written = args[place] if place < len(args) else kwargs.get(name)
-            for tensor in written if isinstance(written, (list, tuple)) else [written]:
-                if isinstance(tensor, torch.Tensor):
-                    for saved in self._saved.pop(tensor.untyped_storage().data_ptr(), ()):
-                        saved.keep(saved.get().clone())
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
-
-
 class _Run:
     """One run of a block of which only the inputs are kept."""
 
@@ -157,7 +80,7 @@ class _Run:
         modules = block.modules() if isinstance(block, torch.nn.Module) else ()
         self._weights = [(part, dict(part._parameters)) for part in modules if part._parameters]
         self._count = 0
-        self.again: dict[int, _Saved] = {}
+        self.again: dict[int, Saved] = {}
 
     def pack(self, tensor: torch.Tensor) -> int:
         self._count += 1
@@ -170,13 +93,13 @@ class _Run:
         return self._owner.saved.unpack(self.again.pop(place))
 
     def _repeat(self) -> None:
-        again: list[_Saved] = []
+        again: list[Saved] = []
         saved = self._owner.saved
 
         def keep(tensor: torch.Tensor) -> None:
             again.append(saved.pack(tensor))
 
-        def as_it_was(kept: _Saved) -> torch.Tensor:
+        def as_it_was(kept: Saved) -> torch.Tensor:
             # The block may write into a copy; and what requires a gradient cannot be written to unless it is one.
             tensor = kept.get().detach().requires_grad_(kept.requires_grad)
             return tensor.clone() if saved.active else tensor
@@ -187,11 +110,12 @@ class _Run:
             torch.enable_grad(),
             torch.random.fork_rng(devices),
             torch.autograd.graph.saved_tensors_hooks(keep, _unused),
+            saved.recording(),
         ):
             torch.set_rng_state(cpu)
             if states:
                 set_device_states(devices, states)
-            args, kwargs = tree_map_only(_Saved, as_it_was, self._inputs)
+            args, kwargs = tree_map_only(Saved, as_it_was, self._inputs)
             self._forward(*args, **kwargs)
         if len(again) != self._count:
             raise RuntimeError(f"A block saved {self._count} tensors, and {len(again)} when it ran again.")
@@ -250,57 +174,59 @@ class Footprint:
     """Bytes that a backward pass needs kept, weights apart.
 
     Attributes:
-        plain: without checkpointing.
-        checkpointed: with it: what is saved outside the blocks, the inputs of all, and the inside of the largest.
+        plain: of everything that is saved.
+        spared: without what cheap operations compute again.
+        checkpointed: with checkpointing as well: what is saved outside the blocks, the inputs of all, and the inside of
+            the largest.
+        overwritten: whether the model writes into what is saved.
     """
 
     plain: int
+    spared: int
     checkpointed: int
+    overwritten: bool
 
 
 def footprint(
-    blocks: list[torch.nn.Module], forward: Callable[[], Any], weights: Iterable[torch.Tensor], device: torch.device
+    blocks: list[torch.nn.Module], forward: Callable[[], Any], saved: SavedTensors, device: torch.device
 ) -> Footprint:
     """Count what a forward pass saves on a device, in one forward pass that saves nothing.
 
     Args:
         blocks: those that checkpointing would run again.
         forward: the forward pass; its output is dropped.
-        weights: tensors that are there anyway.
+        saved: keeps tensors in the passes that follow; it knows the weights.
         device: where memory is short.
     """
-    # A weak reference to a storage keeps its identity from being given to another, though not its memory.
-    own = {StorageWeakRef(weight.untyped_storage()) for weight in weights}
-    everything: dict[StorageWeakRef, int] = {}
-    kept: dict[StorageWeakRef, int] = {}
-    inside: dict[StorageWeakRef, int] | None = None
+    own = {StorageWeakRef(weight.untyped_storage()) for weight in saved.weights}
+    everything: dict[Any, int] = {}
+    spared: dict[Any, int] = {}
+    kept: dict[Any, int] = {}
+    inside: dict[Any, int] | None = None
     largest = 0
 
-    def count(tensor: torch.Tensor, *where: dict[StorageWeakRef, int]) -> None:
-        storage = StorageWeakRef(tensor.untyped_storage())
-        if tensor.device == device and storage not in own:
-            for tally in where:
-                tally[storage] = tensor.untyped_storage().nbytes()
-
-    def pack(tensor: torch.Tensor) -> None:
-        count(tensor, everything, kept if inside is None else inside)
+    def count(tensor: torch.Tensor, cheap: bool, content: Any) -> None:
+        storage = tensor.untyped_storage()
+        if tensor.device == device and StorageWeakRef(storage) not in own:
+            for tally in [everything] if cheap else [everything, spared, kept if inside is None else inside]:
+                tally[content] = storage.nbytes()
 
     def around(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         nonlocal inside, largest
         outside, inside = inside, {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        contents = [(leaf, saved.content(leaf)) for leaf in given]
         out = block(*args, **kwargs)
         if inside:
+            for leaf, content in contents:
+                storage = leaf.untyped_storage()
+                if leaf.device == device and StorageWeakRef(storage) not in own:
+                    # The inputs are there twice when the block runs again, since it may write into them.
+                    kept[content] = inside[content] = storage.nbytes()
             largest = max(largest, sum(inside.values()))
-            for leaf in tree_leaves((args, kwargs)):
-                if isinstance(leaf, torch.Tensor):
-                    count(leaf, kept)
         inside = outside
         return out
 
-    with (
-        torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(pack, _unused),
-        _wrapped(blocks, around),
-    ):
+    with torch.enable_grad(), saved.counted(count), _wrapped(blocks, around):
         forward()
-    return Footprint(sum(everything.values()), sum(kept.values()) + largest)
+    return Footprint(sum(everything.values()), sum(spared.values()), sum(kept.values()) + largest, saved.overwritten)

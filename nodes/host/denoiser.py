@@ -16,7 +16,8 @@ import comfy.samplers
 import torch
 from torch.utils._pytree import tree_map_only
 
-from ...elrond_core.collect.checkpointing import Checkpointing, Footprint, SavedTensors, blocks_of, footprint
+from ...elrond_core.collect.checkpointing import Checkpointing, Footprint, blocks_of, footprint
+from ...elrond_core.collect.saved import SavedTensors
 from ...elrond_core.errors import ElrondError
 from .conditioning import MARK, Conditioning, check_one_image, marked
 from .gradient_patches import (
@@ -63,12 +64,16 @@ class HostDenoiser:
         self._patches = PatchState(model_options)
         # The first clean estimate of the latest call.
         self.latest: torch.Tensor | None = None
-        self.checkpointing = Checkpointing(blocks_of(guider.inner_model.diffusion_model), SavedTensors())
+        self.saved = SavedTensors()
+        self.checkpointing = Checkpointing(blocks_of(guider.inner_model.diffusion_model), self.saved)
         # Whether activations are computed again instead of kept.
         self.recomputes = False
         # The largest batch that there is room for.
         self._planned = 0
         self.footprint: Footprint | None = None
+        # What is compared instead of estimates, and the modules that make it.
+        self._features: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._beside: tuple[torch.nn.Module, ...] = ()
 
         self.patchers = [guider.model_patcher, *guider.loaded_models]
         # Control models take part in the estimate as well.
@@ -105,28 +110,41 @@ class HostDenoiser:
         return sampling.noise_scaling(level, noise.to(device, copy=True), latents.to(device), False)
 
     def spare(self) -> bool:
-        """Compute activations again instead of keeping them; False if they are already."""
-        before, self.recomputes = self.recomputes, True
-        return not before
+        """Compute again instead of keeping: first what is cheap, then all activations; False if they are already."""
+        if self.recomputes:
+            return False
+        self.recomputes = self.saved.sparing
+        self.saved.sparing = True
+        return True
+
+    @contextlib.contextmanager
+    def through(self, features: Callable[[torch.Tensor], torch.Tensor], *modules: torch.nn.Module) -> Iterator[None]:
+        """For the time being, `denoised` returns features of the estimate, which these modules make."""
+        self._features, self._beside = features, modules
+        self._planned, self.footprint = 0, None
+        try:
+            yield
+        finally:
+            self._features, self._beside = None, ()
+            self._planned, self.footprint = 0, None
 
     def denoised(self, noisy: torch.Tensor, sigma: float, rows: torch.Tensor) -> torch.Tensor:
         """Equation 2: what the sampler calls `denoised`, with the concept's rows replaced."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         if not (torch.is_grad_enabled() and rows.requires_grad):
-            return self._denoised(noisy, sigma, rows)
+            return self._compared(noisy, sigma, rows)
         self.make_room(noisy, sigma, rows)
-        with self.checkpointing.active() if self.recomputes else contextlib.nullcontext():
+        with self.checkpointing.active() if self.recomputes else contextlib.nullcontext(), self.saved.recording():
             estimate = self._denoised(noisy, sigma, rows)
-        self.latest = estimate[:1].detach()
-        if estimate.requires_grad:
+            self.latest = estimate[:1].detach()
+            if not estimate.requires_grad:
+                raise ElrondError(
+                    f"{model_name(self._guider.inner_model)} cannot be differentiated at this noise level: its "
+                    "estimate does not depend on the concept's rows."
+                )
             # Several backward passes through one forward pass take as long as several denoiser calls.
             estimate.register_hook(lambda _: comfy.model_management.throw_exception_if_processing_interrupted())
-        else:
-            raise ElrondError(
-                f"{model_name(self._guider.inner_model)} cannot be differentiated at this noise level: its estimate "
-                "does not depend on the concept's rows."
-            )
-        return estimate
+            return self._features(estimate) if self._features else estimate
 
     def make_room(self, noisy: torch.Tensor, sigma: float, rows: torch.Tensor) -> None:
         """Decide whether to keep activations, by what one sample's take, and have the host free memory for them."""
@@ -134,22 +152,34 @@ class HostDenoiser:
             return
         model, manager = self._guider.inner_model, comfy.model_management
         if self.footprint is None:
-            weights = (*self.module.parameters(), *self.module.buffers())
+            self.saved.weights = self._weights()
             self.footprint = footprint(
                 self.checkpointing.blocks,
-                lambda: self._denoised(noisy[:1], sigma, rows[:1]),
-                weights,
+                lambda: self._compared(noisy[:1], sigma, rows[:1]),
+                self.saved,
                 noisy.device,
             )
         self._planned = len(noisy)
         # What the forward pass itself needs, by the host's own estimate.
         passing = model.memory_required(list(noisy.shape))
-        kept, least = (passing + len(noisy) * each for each in (self.footprint.plain, self.footprint.checkpointed))
+        needs = self.footprint
+        kept, spared, least = (passing + len(noisy) * n for n in (needs.plain, needs.spared, needs.checkpointed))
         if manager.get_free_memory(noisy.device) < kept:
             # Other models give way rather than time is spent; this model's own weights only where it must be.
             manager.load_models_gpu(self.patchers, memory_required=kept, minimum_memory_required=least)
             normal_copies(self.module)
-        self.recomputes = self.recomputes or manager.get_free_memory(noisy.device) < kept
+            self.saved.weights = self._weights()
+        free = manager.get_free_memory(noisy.device)
+        self.saved.sparing = self.saved.sparing or free < kept
+        self.recomputes = self.recomputes or free < spared
+
+    def _weights(self) -> list[torch.Tensor]:
+        modules = (self.module, *self._beside)
+        return [weight for module in modules for weight in (*module.parameters(), *module.buffers())]
+
+    def _compared(self, noisy: torch.Tensor, sigma: float, rows: torch.Tensor) -> torch.Tensor:
+        estimate = self._denoised(noisy, sigma, rows)
+        return self._features(estimate) if self._features else estimate
 
     def _denoised(self, noisy: torch.Tensor, sigma: float, rows: torch.Tensor) -> torch.Tensor:
         self.rows_at(sigma)
@@ -225,20 +255,17 @@ class _DenoiserSampler(comfy.samplers.Sampler):
     def _run(self, denoiser: HostDenoiser, latents: torch.Tensor) -> Any:
         # An operation that saves its input, into which the model then writes, would be held by its own output, and
         # nothing would ever free the two. What the hooks keep has no history.
-        saved = denoiser.checkpointing.saved
-        # Only models that need a remedy pay for it: Flux and its kin add to their hidden states in place, and patches
-        # may hold what nodes made in inference mode.
-        remedies = {"modified by an inplace operation": saved, "Inference tensors cannot be saved": NormalTensors()}
+        saved = denoiser.saved
         with contextlib.ExitStack() as active:
             active.enter_context(torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack))
-            while True:
-                try:
-                    return self.work(denoiser, latents)
-                except RuntimeError as error:
-                    needed = next((says for says in remedies if says in str(error)), None)
-                    if needed is None:
-                        raise
-                active.enter_context(remedies.pop(needed))
+            try:
+                return self.work(denoiser, latents)
+            except RuntimeError as error:
+                if "Inference tensors cannot be saved" not in str(error):
+                    raise
+            # Patches may hold what nodes made in inference mode. Only models with such patches pay for the remedy.
+            active.enter_context(NormalTensors())
+            return self.work(denoiser, latents)
 
 
 @contextlib.contextmanager

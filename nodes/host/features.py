@@ -36,7 +36,7 @@ class FeatureDenoiser:
 
     def denoised(self, noisy: torch.Tensor, sigma: float, rows: torch.Tensor) -> torch.Tensor:
         """Features of the clean estimate."""
-        return self.features(self._denoiser.denoised(noisy, sigma, rows))
+        return self._denoiser.denoised(noisy, sigma, rows)
 
     def features(self, latents: torch.Tensor) -> torch.Tensor:
         """Features of latents in the model's own scale, as the host decodes and encodes them, differentiably."""
@@ -83,7 +83,8 @@ def through_features(
         for some in latents.split(batch_size):
             comfy.model_management.throw_exception_if_processing_interrupted()
             features.append(seen.features(some.to(denoiser.device)).cpu())
-        yield seen, torch.cat(features)
+        with denoiser.through(seen.features, vae.first_stage_model, encoder.model):
+            yield seen, torch.cat(features)
 
 
 def image_features(encoder: Any, images: torch.Tensor, batch_size: int = 32) -> torch.Tensor:

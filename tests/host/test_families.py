@@ -25,7 +25,7 @@ import torch
 from comfy.ldm.modules import attention
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras import nodes_model_advanced
-from comfyui_elrond.elrond_core.collect.checkpointing import SavedTensors
+from comfyui_elrond.elrond_core.collect.saved import SavedTensors
 from comfyui_elrond.elrond_core.collect.collection import CollectionPlan, collect
 from comfyui_elrond.elrond_core.collect.differentiate import gradient
 from comfyui_elrond.elrond_core.errors import ElrondError

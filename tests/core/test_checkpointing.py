@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from elrond_core.collect.checkpointing import Checkpointing, SavedTensors, blocks_of, footprint
+from elrond_core.collect.checkpointing import Checkpointing, blocks_of, footprint
+from elrond_core.collect.saved import SavedTensors
 
 WIDTH, SAMPLES = 8, 3
 
@@ -63,7 +64,7 @@ def gradients(model: Stack, checkpointing: Checkpointing | None, times: int = 1)
     if checkpointing is None:
         y = model(x * 1)
     else:
-        with checkpointing.active():
+        with checkpointing.active(), checkpointing.saved.recording():
             y = model(x * 1)
     return [torch.autograd.grad(y, x, y.detach(), retain_graph=True)[0] for _ in range(times)]
 
@@ -81,8 +82,8 @@ def test_writing_in_place() -> None:
     checkpointing = Checkpointing(blocks_of(model), saved)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         gradients(model, checkpointing)
-    with saved:
-        found = gradients(model, checkpointing, times=3)
+    saved.overwritten = True
+    found = gradients(model, checkpointing, times=3)
     with torch.autograd.graph.allow_mutation_on_saved_tensors():
         (expected,) = gradients(model, None)
     for one in found:
@@ -104,14 +105,20 @@ def test_nothing_is_left_behind(late: bool) -> None:
 
 def test_what_is_counted() -> None:
     model = Stack(Block)
-    weights = list(model.parameters())
-    found = footprint(blocks_of(model), lambda: model(inputs()), weights, torch.device("cpu"))
+    saved = SavedTensors(list(model.parameters()))
+    found = footprint(blocks_of(model), lambda: model(inputs()), saved, torch.device("cpu"))
     activation = SAMPLES * WIDTH * 4
     # Of each block its input and the output of its tanh; or of all blocks the inputs, and of one block both.
     assert found.plain == 8 * activation
     assert found.checkpointed == 4 * activation + 2 * activation
-    elsewhere = footprint(blocks_of(model), lambda: model(inputs()), weights, torch.device("meta"))
+    elsewhere = footprint(blocks_of(model), lambda: model(inputs()), saved, torch.device("meta"))
     assert elsewhere.plain == elsewhere.checkpointed == 0
+    assert not found.overwritten
+    overwriting = Stack(InPlace)
+    saved = SavedTensors(list(overwriting.parameters()))
+    found = footprint(blocks_of(overwriting), lambda: overwriting(inputs() * 1), saved, torch.device("cpu"))
+    # What is overwritten is another tensor afterwards: the input of each square and of each sine, the output of tanh.
+    assert found.overwritten and found.plain == 4 * 3 * activation
 
 
 def test_what_is_kept() -> None:

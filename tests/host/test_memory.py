@@ -11,12 +11,15 @@ import comfy.model_management
 import comfy.patcher_extension
 import pytest
 import torch
+from comfyui_elrond.elrond_core.collect import saved
 from comfyui_elrond.elrond_core.collect.checkpointing import blocks_of
 from comfyui_elrond.elrond_core.collect.collection import CollectionPlan, collect
 from comfyui_elrond.elrond_core.collect.differentiate import gradient
 from comfyui_elrond.elrond_core.errors import ElrondError
 from comfyui_elrond.elrond_core.provenance import Provenance
 from comfyui_elrond.nodes import host
+
+from bench.activations import activations
 
 # isort: split
 sys.path.append(str(Path(__file__).parent))
@@ -41,27 +44,29 @@ def patched(model: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_checkpointing_changes_no_bit(family: Family) -> None:
+def test_computing_again_changes_no_bit(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saved, "SMALL", 64)
     with torch.inference_mode():
         model = build(family)
 
-    def found(recomputes: bool) -> tuple[torch.Tensor, ...]:
+    def found(recomputes: bool, sparing: bool) -> tuple[torch.Tensor, ...]:
         def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> Any:
-            denoiser.recomputes = recomputes
+            denoiser.recomputes, denoiser.saved.sparing = recomputes, sparing
             a, b = realizations[:1], torch.stack([realizations[1:], -realizations[1:]])
             sigma = host.sigma_of(model, 1.0)
             out = gradient(denoiser, a, b, random(*a.shape, seed=5), sigma, random(*a.shape, seed=6))
-            assert denoiser.recomputes is recomputes
+            assert (denoiser.recomputes, denoiser.saved.sparing) == (recomputes, sparing)
             needs = denoiser.footprint
-            assert 0 < needs.checkpointed < needs.plain
+            assert 0 < needs.checkpointed < needs.plain and 0 < needs.spared < needs.plain
             return out
 
         return with_denoiser(family, model, work)
 
-    kept, recomputed = found(False), found(True)
+    kept = found(False, False)
     assert kept[0].norm() > 1e-4
-    for one, other in zip(kept, recomputed, strict=True):
-        assert torch.equal(one, other)
+    for ways in ((False, True), (True, False), (True, True)):
+        for one, other in zip(kept, found(*ways), strict=True):
+            assert torch.equal(one, other)
     assert not patched(model)
 
 
@@ -259,6 +264,29 @@ def test_out_of_memory_on_the_way() -> None:
     torch.testing.assert_close(little, plenty, rtol=1e-4, atol=1e-5 * float(plenty.abs().max()))
     # The first of each is the count of what a sample needs.
     assert sizes == [1, 4, 2, 1, 4, 2, 1, 1, 1, 1, 1, 1]
+    sizes.clear()
     with pytest.raises(ElrondError, match=r"^There is too little memory for a single gradient .*\.$"):
         collected(0)
+    # The count runs out for four, two and one; then with what is cheap computed again, and with everything.
+    assert sizes == [1, 1, 1, 1, 1]
     assert not patched(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "stored", "ratio"),
+    [
+        ("Flux schnell", {"depth": 1, "depth_single_blocks": 2}, torch.bfloat16, 0.88),
+        ("Flux schnell", {"depth": 1, "depth_single_blocks": 2}, torch.float8_e4m3fn, 0.48),
+        ("Z-Image", {"n_layers": 3}, torch.bfloat16, 0.7),
+        ("Z-Image", {"n_layers": 3}, torch.float8_e4m3fn, 0.45),
+    ],
+)
+def test_what_is_cheap_saves_memory_at_full_width(
+    name: str, changes: dict[str, int], stored: torch.dtype, ratio: float
+) -> None:
+    needs, _ = activations(name, stored, 1024, **changes)
+    assert needs.spared < ratio * needs.plain
+    # The model adds to its hidden states in place.
+    assert needs.overwritten is (name == "Flux schnell")
+    # However weights are stored, large ones are not kept in another form.
+    assert needs.spared < 1.001 * activations(name, torch.bfloat16, 1024, **changes)[0].spared

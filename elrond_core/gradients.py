@@ -121,6 +121,14 @@ class Gradients:
         """Root mean square length of the gradients of a noise level."""
         return float(self.flat[self.sigma == level].double().square().sum(1).mean().sqrt())
 
+    def level_lines(self) -> list[str]:
+        """A report: a line a noise level, highest first, with the number of its gradients and their length."""
+        return [
+            f"{place}: {int((self.sigma == level).sum())} gradients at noise level {level:.4g} "
+            f"of root mean square length {self.rms_length(level):.3g}"
+            for place, level in enumerate(self.levels, 1)
+        ]
+
     def normalised(self) -> Gradients:
         """Gradients, and Jacobian probes, divided by the root mean square length of their noise level's gradients.
 

@@ -1,4 +1,4 @@
-"""EncodeConcept: a prompt as a conditioning that knows its concept's rows."""
+"""EncodeConcept: a prompt to a conditioning with marked concepts."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class EncodeConcept(io.ComfyNode):
 
 
 def _concepts(prompt: str, concept: str, occurrence: int = 1) -> tuple[str, list[Span]]:
-    """The prompt as it is encoded, and the places of its concepts in it."""
+    """The prompt without brackets, and the places of its concepts in it."""
     if concept.strip():
         return prompt, [find_word(prompt, concept, occurrence - 1)]
     plain, spans = bracketed(prompt)

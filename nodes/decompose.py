@@ -1,4 +1,4 @@
-"""Gradients to directions: PCA, response-normalised, sparse autoencoder."""
+"""FitPCA, FitResponse, FitWords and TrainSAE: gradients to directions."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from comfy_api.latest import io
 
 from ..elrond_core import plots
 from ..elrond_core.decompose.pca import fit_pca
-from ..elrond_core.decompose.response import fit_response
+from ..elrond_core.decompose.response import check_probes, fit_response
 from ..elrond_core.decompose.sae_training import TrainConfig, memory, train_sae
+from ..elrond_core.decompose.words import fit_words
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.gradients import Gradients
 from . import host
-from .types import DirectionsIO, GradientsIO, first_error, image, seed_input
+from .types import WORDS_INPUT, DirectionsIO, GradientsIO, first_error, image, seed_input
+from .widget_text import words_of
 
 _SIGNIFICANCE = io.Float.Input(
     "significance",
@@ -25,13 +27,13 @@ _SIGNIFICANCE = io.Float.Input(
     step=0.1,
     tooltip="Keep components that explain more than so many times the average; 2.5 in the paper.",
 )
-# Parts of the progress bar of a training.
+# Length of the progress bar of a training, in bar units: the number of steps is not known beforehand.
 _PROGRESS = 1000
 _LIMIT = io.Int.Input("most", default=64, min=1, max=4096, tooltip="Keep no more directions than this.")
 
 
 class FitPCA(io.ComfyNode):
-    """Principal components of the gradients."""
+    """Gradients to their principal components."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -66,7 +68,7 @@ class FitPCA(io.ComfyNode):
 
 
 class FitResponse(io.ComfyNode):
-    """Directions normalised by the model's response."""
+    """Gradients and Jacobian probes to principal components relative to the pullback metric."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -111,8 +113,57 @@ class FitResponse(io.ComfyNode):
         return io.NodeOutput(directions, image(plots.scree(spectrum)))
 
 
+class FitWords(io.ComfyNode):
+    """Gradients and CLIP to directions between words."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="ElrondFitWords",
+            display_name="Fit Word Directions (ELROND)",
+            category="ELROND",
+            description="Finds the pairs of opposite words between which the images vary most, as directions with "
+            "names: dark → bright. Needs gradients with a response.",
+            inputs=[
+                GradientsIO.Input("gradients", tooltip="From Collect Gradients with response on."),
+                io.Clip.Input("clip", tooltip="The text encoder that the prompt was encoded with."),
+                WORDS_INPUT,
+                io.Float.Input(
+                    "significance",
+                    default=1.0,
+                    min=0.0,
+                    max=1e6,
+                    step=0.1,
+                    tooltip="Keep pairs whose change of the image varies naturally by more than this, in units of the "
+                    "variance of one latent value.",
+                ),
+                io.Int.Input("most", default=16, min=1, max=4096, tooltip="Keep no more directions than this."),
+            ],
+            outputs=[
+                DirectionsIO.Output(display_name="directions", tooltip="Named unit directions, the strongest first."),
+                io.String.Output(display_name="report", tooltip="The pairs, with how much the images vary along each."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, words: str | None = None) -> bool | str:
+        """Refuse what can be seen to be wrong before anything is computed."""
+        return first_error((words_of, words))
+
+    @classmethod
+    def execute(cls, gradients: Gradients, clip: Any, words: str, significance: float, most: int) -> io.NodeOutput:
+        """Encode the concept with each word before it, and pair the words."""
+        word_list = words_of(words)
+        # Encoding the words is slow: what would fail afterwards is refused before.
+        check_probes(gradients)
+        rows = host.rows_with_words(clip, gradients.provenance, word_list)
+        directions = fit_words(gradients, word_list, *rows, significance=significance, limit=most)
+        return io.NodeOutput(directions, "\n".join(directions.lines()))
+
+
 class TrainSAE(io.ComfyNode):
-    """A TopK sparse autoencoder on the gradients."""
+    """Gradients to the dictionary of a TopK sparse autoencoder."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -199,7 +250,7 @@ class TrainSAE(io.ComfyNode):
             seed=seed,
         )
         device = host.training_device(memory(gradients, config))
-        # Not the densities: with another range, a training that is done goes straight to its choice.
+        # The range of densities is not among them: it does not change the training, and a kept one is used again.
         settings = (latents, k, epochs, learning_rate, seed, device.type)
         # The executor's inference mode forbids training.
         with (
@@ -212,7 +263,7 @@ class TrainSAE(io.ComfyNode):
                 config,
                 device=device,
                 checkpoint=checkpoint,
-                # The number of steps falls when FVU stalls, and the bar's cannot change.
+                # The number of steps falls when FVU stalls, but the length of the bar is fixed.
                 on_step=lambda step, steps, _: update(_PROGRESS * step / steps),
                 check=host.stop_if_cancelled,
                 warn=lambda sentence: logging.warning(f"ELROND: {sentence}"),
@@ -225,4 +276,4 @@ def _check_densities(lowest: float, highest: float) -> None:
         raise ElrondError(f"The densities must go from low to high within -20 and 0, not from {lowest} to {highest}.")
 
 
-NODES = [FitPCA, FitResponse, TrainSAE]
+NODES = [FitPCA, FitResponse, FitWords, TrainSAE]

@@ -1,4 +1,4 @@
-"""Saving and loading directions and gradients: safetensors in ComfyUI's output and models folders."""
+"""Save and load directions and gradients: safetensors files in ComfyUI's output and models folders."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from ..elrond_core.storage.names import SUFFIX, safe_path
 from . import host
 from .types import DirectionsIO, GradientsIO, first_error
 
-_MOST_NAMED = 20
+# Files that an error message names.
+_MAX_NAMED = 20
 
 
 def listed(kind: str) -> list[str]:
-    """Names of the pack's files of a kind, newest first, without folder twins.
+    """Names of the pack's files of a kind, newest first. A name that is in several folders is listed once.
 
-    Regular files only: a link to nowhere, a named pipe, or a folder that may not be read is no file of the pack.
+    ComfyUI's own lists (`folder_paths.get_filename_list`) have no order, and include dangling links and named pipes.
     """
     times: dict[str, float] = {}
     for folder in host.file_folders():
@@ -31,7 +32,7 @@ def listed(kind: str) -> list[str]:
             folders.sort()
             for path in (Path(parent, name) for name in sorted(names) if name.endswith(SUFFIX)):
                 name = path.relative_to(folder / kind).as_posix().removesuffix(SUFFIX)
-                # A file may vanish meanwhile, and its name may be one that is refused when it is loaded.
+                # The file may have been deleted since, and `safe_path` refuses some names.
                 with contextlib.suppress(OSError, ElrondError):
                     if safe_path(folder / kind, name).is_file():
                         times.setdefault(name, path.stat().st_mtime)
@@ -39,10 +40,10 @@ def listed(kind: str) -> list[str]:
 
 
 def find(kind: str, name: str) -> Path:
-    """The file of a kind ("directions", "gradients") that a person named.
+    """The file of a kind ("directions", "gradients") with a name.
 
     Raises:
-        ElrondError: if the name is none, or there is no such file.
+        ElrondError: if the name is no file name, or there is no such file.
     """
     for folder in host.file_folders():
         path = safe_path(folder / kind, name)
@@ -50,15 +51,15 @@ def find(kind: str, name: str) -> Path:
             if path.is_file():
                 return path
     names = listed(kind)
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
     raise ElrondError(
         f"There is no {kind} file {files.shown(name)} in models/elrond/{kind} or output/elrond/{kind}; "
-        f"there are: {', '.join(names[:_MOST_NAMED]) or 'none yet'}{more}."
+        f"there are: {', '.join(names[:_MAX_NAMED]) or 'none yet'}{more}."
     )
 
 
 def _save(kind: str, thing: Any, name: str, overwrite: bool) -> str:
-    """Save under a name; returns the name that it has, which may have got a number."""
+    """Save under a name, to which a number may be added; returns the resulting name."""
     folder = host.output_folder() / kind
     save = {"directions": files.save_directions, "gradients": files.save_gradients}[kind]
     path = save(thing, safe_path(folder, name), overwrite=overwrite)
@@ -66,7 +67,7 @@ def _save(kind: str, thing: Any, name: str, overwrite: bool) -> str:
 
 
 def _fingerprint(kind: str, name: str) -> str:
-    """Changes when the file does, so that a graph queued again sees the new one."""
+    """A text that changes with the file, so that the host loads a changed file again."""
     try:
         status = find(kind, name).stat()
     except (OSError, ElrondError):
@@ -74,8 +75,8 @@ def _fingerprint(kind: str, name: str) -> str:
     return f"{status.st_mtime_ns}/{status.st_size}"
 
 
-def _good_name(kind: str, name: str | None) -> bool | str:
-    """True, or why a file cannot be saved under this name; None is a name that is wired and not known yet."""
+def _check_name(kind: str, name: str | None) -> bool | str:
+    """The answer of `validate_inputs` to a name. None is the name of a wired input, which is not known yet."""
     return first_error((safe_path, host.output_folder() / kind, name))
 
 
@@ -114,7 +115,7 @@ class SaveDirections(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, name: str | None) -> bool | str:
         """Refuse a bad name before anything is computed for it."""
-        return _good_name("directions", name)
+        return _check_name("directions", name)
 
     @classmethod
     def execute(cls, directions: Directions, name: str, overwrite: bool) -> io.NodeOutput:
@@ -145,7 +146,7 @@ class LoadDirections(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name: str | None) -> bool | str:
-        """Files that appeared after the node list was read are welcome; ones that are not there are named."""
+        """Accept every file that exists, also a newer one than the list of choices."""
         return first_error((find, "directions", name))
 
     @classmethod
@@ -193,7 +194,7 @@ class SaveGradients(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, name: str | None) -> bool | str:
         """Refuse a bad name before anything is computed for it."""
-        return _good_name("gradients", name)
+        return _check_name("gradients", name)
 
     @classmethod
     def execute(cls, gradients: Gradients, name: str, overwrite: bool) -> io.NodeOutput:
@@ -221,7 +222,7 @@ class LoadGradients(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name: str | None) -> bool | str:
-        """Files that appeared after the node list was read are welcome; ones that are not there are named."""
+        """Accept every file that exists, also a newer one than the list of choices."""
         return first_error((find, "gradients", name))
 
     @classmethod

@@ -1,4 +1,4 @@
-"""CollectGradients: how the concept would have to move to turn one image into another, many times."""
+"""CollectGradients, MergeGradients and SelectGradients: realizations to gradients."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..elrond_core.collect.collection import TARGETS_A_PROBE, CollectionPlan, collect
 from ..elrond_core.collect.differentiate import Denoiser
+from ..elrond_core.collect.merge import merge_gradients, merge_lines
 from ..elrond_core.collect.pairs import check_targets
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.gradients import Gradients
@@ -168,26 +169,20 @@ class CollectGradients(io.ComfyNode):
         sigma = [host.sigma_of(model, level) for level in [noise_level, *_levels(more_levels)]]
         if len(set(sigma)) < len(sigma):
             raise ElrondError("Each noise level can be named once only: change noise_level or more_levels.")
-        prompts = [host.marked_at(model, positive, level) for level in sigma]
-        marked = prompts[0]
-        if any(len(prompt.concepts[0].rows) != len(marked.concepts[0].rows) for prompt in prompts):
-            raise ElrondError(
-                "The prompt changes between these noise levels, and with it the number of the concept's tokens: "
-                "collect at one level at a time."
-            )
-        concept = marked.concepts[0]
-        if remove_common and not set(marked.words) - set(concept.rows):
+        prompt = _prompt_at(model, positive, sigma)
+        concept = prompt.concepts[0]
+        if remove_common and not set(prompt.words) - set(concept.rows):
             raise ElrondError("The prompt has no words beside the concept: switch remove_common off, or add some.")
         provenance = Provenance(
-            family=marked.family,
-            prompt=marked.prompt,
+            family=prompt.family,
+            prompt=prompt.prompt,
             concept=concept.word,
             tokens=concept.tokens,
             rows=concept.rows,
             host=host.HOST,
         )
         guidance = cfg if negative is not None else 1.0
-        # Everything that a batch depends on, if only in the last bit, as it does on the batch size.
+        # A kept batch is used again only if all of these are equal. The batch size changes its last bits.
         settings = (
             provenance,
             count,
@@ -205,7 +200,7 @@ class CollectGradients(io.ComfyNode):
         update = host.progress(count, model)
 
         def work(denoiser: host.HostDenoiser, latents: Any) -> Gradients:
-            # How many other rows there are depends on the prompt that acts at a level.
+            # The number of other rows is that of the prompt at this level.
             denoiser.rows_at(sigma[0])
             plan = CollectionPlan(
                 count=count,
@@ -239,6 +234,21 @@ class CollectGradients(io.ComfyNode):
         return io.NodeOutput(gradients, f"{report}; {stop.line()}" if stop else report)
 
 
+def _prompt_at(model: Any, positive: Any, sigma: list[float]) -> host.MarkedPrompt:
+    """The marked prompt at the first noise level.
+
+    Raises:
+        ElrondError: if none acts at a level, or the concept has another number of rows there.
+    """
+    prompts = [host.marked_at(model, positive, level) for level in sigma]
+    if len({len(prompt.concepts[0].rows) for prompt in prompts}) > 1:
+        raise ElrondError(
+            "The prompt changes between these noise levels, and with it the number of the concept's tokens: "
+            "collect at one level at a time."
+        )
+    return prompts[0]
+
+
 def _check_features(vae: bool, clip_vision: bool) -> None:
     if vae != clip_vision:
         raise ElrondError("Comparing image features needs both a vae and a clip_vision: connect both or neither.")
@@ -254,11 +264,49 @@ def _levels(text: str) -> list[float]:
     return levels
 
 
+class MergeGradients(io.ComfyNode):
+    """Two to four collections to one."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="ElrondMergeGradients",
+            display_name="Merge Gradients (ELROND)",
+            category="ELROND",
+            description="Puts gradients of one concept together that were collected apart: with other seeds, on other "
+            "machines, or at other noise levels.",
+            inputs=[
+                GradientsIO.Input("first", tooltip="Gradients from Collect Gradients or Load Gradients."),
+                GradientsIO.Input(
+                    "second", tooltip="More of the same prompt and concept, collected with another seed."
+                ),
+                GradientsIO.Input("third", optional=True, tooltip="More of them. For more than four, chain this node."),
+                GradientsIO.Input("fourth", optional=True, tooltip="More of them."),
+            ],
+            outputs=[
+                GradientsIO.Output(display_name="gradients", tooltip="All of them, for Fit PCA, Train SAE and so on."),
+                io.String.Output(
+                    display_name="report", tooltip="What each brings, and whether any may be there twice."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, first: Gradients, second: Gradients, third: Gradients | None = None, fourth: Gradients | None = None
+    ) -> io.NodeOutput:
+        """Merge."""
+        collections = [gradients for gradients in (first, second, third, fourth) if gradients is not None]
+        merged = merge_gradients(collections)
+        return io.NodeOutput(merged, "\n".join(merge_lines(collections, merged)))
+
+
 _JOINTLY, _MEAN, _SINGLE = "jointly", "mean", "single"
 
 
 class SelectGradients(io.ComfyNode):
-    """Gradients of one noise level, or of all with an equal say; of all rows, their mean, or one."""
+    """Gradients of one noise level, or of all with equal weight; of all rows, their mean, or one row."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -312,13 +360,8 @@ class SelectGradients(io.ComfyNode):
         levels = gradients.levels
         if level > len(levels):
             raise ElrondError(f"There are {len(levels)} noise levels, and no level {level}.")
-        lines = [
-            f"{place}: {int((gradients.sigma == value).sum())} gradients at noise level {value:.4g} "
-            f"of root mean square length {gradients.rms_length(value):.3g}"
-            for place, value in enumerate(levels, 1)
-        ]
-        chosen = gradients.at_levels(levels[level - 1 : level]) if level else gradients
-        return io.NodeOutput(chosen.normalised() if normalise else chosen, "\n".join(lines))
+        selected = gradients.at_levels(levels[level - 1 : level]) if level else gradients
+        return io.NodeOutput(selected.normalised() if normalise else selected, "\n".join(gradients.level_lines()))
 
 
-NODES = [CollectGradients, SelectGradients]
+NODES = [CollectGradients, MergeGradients, SelectGradients]

@@ -77,21 +77,22 @@ class SampleRealizations(io.ComfyNode):
         negative: Any = None,
     ) -> io.NodeOutput:
         """Sample batch by batch."""
-        # Said now, not by Collect Gradients after all images are made.
+        # Collect Gradients needs a marked prompt. It is refused here, before any image is sampled.
         host.marked(positive)
         check_guidance(cfg, negative is not None)
-        # Sampled again, they might differ in the last bit, and no collection from them could go on.
+        # Finished batches are kept: sampled again they might differ in the last bit, and an interrupted collection from
+        # them could not continue.
         settings = (width, height, count, batch_size, seed, steps, cfg, sampler_name, scheduler)
         shards = host.open_shards(model, positive, negative, "realizations", settings)
         update = host.progress(count, model)
 
-        def on_step(some: float, seen: torch.Tensor) -> None:
-            update(first + some, seen)
+        def on_step(images: float, preview: torch.Tensor) -> None:
+            update(first + images, preview)
 
-        done = []
+        batches = []
         for number, first in enumerate(range(0, count, batch_size)):
-            kept = shards.get(number) if shards is not None else None
-            if kept is None:
+            batch = shards.get(number) if shards is not None else None
+            if batch is None:
                 empty = host.empty_latent(model, width, height, min(batch_size, count - first))
                 latents = host.sample(
                     model,
@@ -106,12 +107,12 @@ class SampleRealizations(io.ComfyNode):
                     scheduler,
                     on_step=on_step,
                 )
-                kept = {"samples": latents.cpu().contiguous()}
+                batch = {"samples": latents.cpu().contiguous()}
                 if shards is not None:
-                    shards.put(number, kept)
-            done.append(kept["samples"])
-            update(first + len(done[-1]))
-        return io.NodeOutput({"samples": torch.cat(done)})
+                    shards.put(number, batch)
+            batches.append(batch["samples"])
+            update(first + len(batches[-1]))
+        return io.NodeOutput({"samples": torch.cat(batches)})
 
 
 NODES = [SampleRealizations]

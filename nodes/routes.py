@@ -1,11 +1,11 @@
-"""What the browser panel asks the server: the directions of a file, their names and stars, their thumbnails.
+"""Server routes of the browser panel: directions of a file, their names and stars, their thumbnails.
 
     GET  /elrond/files                                    {"names": [...]}, newest first
     GET  /elrond/directions?name=NAME                     see `describe`
-    POST /elrond/directions {name, index, label?, star?}  the same, after the change is kept in the file
-    GET  /elrond/thumbnail?digest=DIGEST                  a PNG that Direction Sweep kept
+    POST /elrond/directions {name, index, label?, star?}  the same, after the change is written to the file
+    GET  /elrond/thumbnail?digest=DIGEST                  a PNG that Direction Sweep wrote
 
-What cannot be answered comes back as {"error": one sentence} with status 400 or 404.
+Errors are {"error": one sentence} with status 400 or 404.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ from . import files as shelf
 from . import host
 
 KIND = "directions"
+# Characters of a direction's name.
 LONGEST = 100
-# Bytes of a request: a file's name, a direction's name and two numbers, escaped as JSON may escape them.
-_MOST_BODY = 2**16
-_MOST_INDEX = 2**31
+# Bytes of a request: a file's name, a direction's name and two numbers, with JSON's escapes.
+_MAX_BODY = 2**16
+# Above every index. Python refuses to print an integer of thousands of digits, as an error message would.
+_MAX_INDEX = 2**31
 
 
 def thumbnail(digest: str) -> Path:
-    """Where a direction's thumbnail is, if it has one.
+    """Path of a direction's thumbnail, which may not exist.
 
     Raises:
-        ElrondError: if the text is no digest, so that no path can be made of it.
+        ElrondError: if the text is no digest: nothing else becomes part of a path.
     """
     if not re.fullmatch(r"[0-9a-f]{24}", digest):
         raise ElrondError("A thumbnail is named by 24 hexadecimal digits.")
@@ -80,8 +82,7 @@ def describe(name: str) -> dict[str, Any]:
 def change(name: str, index: int, label: str | None, star: bool | None) -> None:
     """Rename or star one direction of a file.
 
-    A file that ships with the pack stays as it is: its changed copy goes to the output folder, which is looked into
-    first.
+    A file that ships with the pack is not changed. The changed copy goes to the output folder, which is searched first.
 
     Raises:
         ElrondError: if there is no such file or direction, or the label is too long.
@@ -98,8 +99,8 @@ def change(name: str, index: int, label: str | None, star: bool | None) -> None:
         return replace(directions, names=tuple(names), stars=tuple(stars))
 
     shipped = path.is_relative_to(host.file_folders()[-1])
-    kept = safe_path(host.output_folder() / KIND, name) if shipped else path
-    files.update_directions(kept, renamed, source=path)
+    target = safe_path(host.output_folder() / KIND, name) if shipped else path
+    files.update_directions(target, renamed, source=path)
 
 
 async def _answer(work: Callable[..., Any], *arguments: Any) -> web.Response:
@@ -123,27 +124,27 @@ async def get_directions(request: web.Request) -> web.Response:
 
 async def post_directions(request: web.Request) -> web.Response:
     """A new name or star."""
-    # A page of another site can post a form here, but not JSON.
+    # A page of another site can post a form to this address, but not JSON.
     if request.content_type != "application/json":
         return web.json_response({"error": "Send JSON."}, status=400)
     body = b""
     async for part in request.content.iter_any():
         body += part
-        if len(body) > _MOST_BODY:
-            return web.json_response({"error": f"Send at most {_MOST_BODY} bytes."}, status=400)
+        if len(body) > _MAX_BODY:
+            return web.json_response({"error": f"Send at most {_MAX_BODY} bytes."}, status=400)
     try:
-        # Not as the header says: JSON is UTF-8, and the header may name anything.
-        wanted = json.loads(body.decode())
+        # JSON is UTF-8, whatever the request's header says.
+        edit = json.loads(body.decode())
     except (ValueError, RecursionError):
         return web.json_response({"error": "This is not JSON."}, status=400)
-    good = isinstance(wanted, dict) and type(wanted.get("name")) is str and type(wanted.get("index")) is int
-    good = good and type(wanted.get("label")) in (str, type(None)) and type(wanted.get("star")) in (bool, type(None))
-    if not good or abs(wanted["index"]) >= _MOST_INDEX:
+    good = isinstance(edit, dict) and type(edit.get("name")) is str and type(edit.get("index")) is int
+    good = good and type(edit.get("label")) in (str, type(None)) and type(edit.get("star")) in (bool, type(None))
+    if not good or abs(edit["index"]) >= _MAX_INDEX:
         return web.json_response({"error": "Send a name, an index, and a label or a star."}, status=400)
 
     def work() -> dict[str, Any]:
-        change(wanted["name"], wanted["index"], wanted.get("label"), wanted.get("star"))
-        return describe(wanted["name"])
+        change(edit["name"], edit["index"], edit.get("label"), edit.get("star"))
+        return describe(edit["name"])
 
     return await _answer(work)
 

@@ -1,4 +1,4 @@
-"""ApplyDirection and Diversify: directions back onto the prompt."""
+"""ApplyDirection and Diversify: directions to steered conditionings."""
 
 from __future__ import annotations
 
@@ -45,12 +45,21 @@ _MASK = io.Mask.Input(
 )
 
 
-def concept_and_norm(prompt: host.MarkedPrompt, directions: Directions, wanted: str) -> tuple[Concept, float]:
-    """The concept to steer and its token norm, once it is clear that the directions fit the prompt's model family."""
+def concept_and_norm(prompt: host.MarkedPrompt, directions: Directions, name: str) -> tuple[Concept, float]:
+    """The concept to steer and its token norm.
+
+    Args:
+        prompt: the marked prompt.
+        directions: name the concept that they were made for.
+        name: the concept's name if the user gave one, else empty.
+
+    Raises:
+        ElrondError: if the directions were made for another model family, or there is no concept of that name.
+    """
     family = directions.provenance.family
     if family and family != prompt.family:
         raise ElrondError(f"These directions were made for {family}, but the prompt was encoded for {prompt.family}.")
-    index = prompt.index_of(wanted, directions.provenance.concept)
+    index = prompt.index_of(name, directions.provenance.concept)
     return prompt.concepts[index], prompt.norms[index]
 
 
@@ -118,12 +127,12 @@ class ApplyDirection(io.ComfyNode):
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         """Steer the marked entries."""
-        chosen = strengths_of(strengths) or {index: strength}
-        vector = torch.stack([amount * directions.pick(i) for i, amount in chosen.items()]).sum(0)
+        amounts = strengths_of(strengths) or {index: strength}
+        vector = torch.stack([amount * directions.pick(i) for i, amount in amounts.items()]).sum(0)
 
         def change(prompt: host.MarkedPrompt) -> tuple[tuple[int, ...], torch.Tensor]:
-            found, norm = concept_and_norm(prompt, directions, concept)
-            return found.rows, (norm if unit == RELATIVE else 1.0) * vector
+            target, norm = concept_and_norm(prompt, directions, concept)
+            return target.rows, (norm if unit == RELATIVE else 1.0) * vector
 
         return io.NodeOutput(host.steer_conditioning(conditioning, change, start, end, mask))
 
@@ -241,15 +250,15 @@ class Diversify(io.ComfyNode):
         changes = torch.stack([change_of(directions, draw) for draw in draws])
 
         def change(prompt: host.MarkedPrompt) -> tuple[tuple[int, ...], torch.Tensor]:
-            found, norm = concept_and_norm(prompt, directions, concept)
-            return found.rows, (norm if unit == RELATIVE else 1.0) * changes
+            target, norm = concept_and_norm(prompt, directions, concept)
+            return target.rows, (norm if unit == RELATIVE else 1.0) * changes
 
-        lines = [f"image {i}: {_what(directions, draw, unit)}" for i, draw in enumerate(draws)]
+        lines = [f"image {i}: {_description(directions, draw, unit)}" for i, draw in enumerate(draws)]
         return io.NodeOutput(host.steer_conditioning(conditioning, change, start, end, mask), "\n".join(lines))
 
 
-def _what(directions: Directions, draw: Draw, unit: str) -> str:
-    """A draw as Apply Direction takes it, its largest parts first, and the names of the three largest."""
+def _description(directions: Directions, draw: Draw, unit: str) -> str:
+    """A draw as text for Apply Direction, its largest strengths first, and the names of the three largest."""
     parts = sorted(parts_of(directions, draw).items(), key=lambda part: -abs(part[1]))
     strengths = ", ".join(f"{k}: {part:.5g}" for k, part in parts)
     named = ", ".join(f"{k} is {name}" for k, _ in parts[:3] if (name := directions.names[k]))

@@ -15,7 +15,8 @@ from .steering import concept_and_norm
 from .types import CONCEPT_INPUT, RELATIVE, UNIT_INPUT, DirectionsIO, check_guidance, first_error, image, seed_input
 from .widget_text import ANY_COUNT, indices_of
 
-_SHOWN = 8
+# Directions that are shown unless the user lists some.
+_DEFAULT_COUNT = 8
 
 
 class DirectionSweep(io.ComfyNode):
@@ -35,7 +36,9 @@ class DirectionSweep(io.ComfyNode):
                 DirectionsIO.Input("directions", tooltip="From a fit or Load Directions."),
                 io.Vae.Input("vae", tooltip="Decodes the images."),
                 io.String.Input(
-                    "which", default="", tooltip=f"Directions to show, as in 0, 2, 5-7. Empty: the first {_SHOWN}."
+                    "which",
+                    default="",
+                    tooltip=f"Directions to show, as in 0, 2, 5-7. Empty: the first {_DEFAULT_COUNT}.",
                 ),
                 io.Float.Input(
                     "lowest", default=-0.8, min=-1000.0, max=1000.0, step=0.05, tooltip="Strength of the first column."
@@ -126,19 +129,22 @@ class DirectionSweep(io.ComfyNode):
         negative: Any = None,
     ) -> io.NodeOutput:
         """Sample row by row."""
-        indices = indices_of(which, len(directions)) if which.strip() else list(range(min(_SHOWN, len(directions))))
+        indices = (
+            indices_of(which, len(directions)) if which.strip() else list(range(min(_DEFAULT_COUNT, len(directions))))
+        )
         check_guidance(cfg, negative is not None)
         strengths = torch.linspace(lowest, highest, columns)
         host.check_one_image(positive)
-        # All rows are steered before the first is sampled, so that what does not fit is said at once.
-        steered = [_steered(positive, directions, i, strengths.split(batch_size), unit, concept) for i in indices]
+        # All rows are steered before the first is sampled, so that errors come before the slow part.
+        batches = strengths.split(batch_size)
+        steered = [[_steered(positive, directions, i, b, unit, concept) for b in batches] for i in indices]
         word = concept_and_norm(host.marked(positive)[1], directions, concept)[0].word
         update = host.progress(len(indices) * columns, model)
         images: list[torch.Tensor] = []
         for index, row in zip(indices, steered, strict=True):
             first = len(images)
-            for conditioning, some in zip(row, strengths.split(batch_size), strict=True):
-                empty = host.empty_latent(model, width, height, len(some))
+            for conditioning, batch in zip(row, batches, strict=True):
+                empty = host.empty_latent(model, width, height, len(batch))
                 latents = host.sample(
                     model,
                     conditioning,
@@ -150,8 +156,8 @@ class DirectionSweep(io.ComfyNode):
                     cfg,
                     sampler_name,
                     scheduler,
-                    alike=True,
-                    on_step=lambda done, seen: update(len(images) + done, seen),
+                    same_noise=True,
+                    on_step=lambda done, preview: update(len(images) + done, preview),
                 )
                 images.extend(host.decode(vae, latents).cpu())
                 update(len(images))
@@ -179,19 +185,16 @@ def _check_range(lowest: float, highest: float) -> None:
 
 
 def _steered(
-    positive: Any, directions: Directions, index: int, strengths: tuple[torch.Tensor, ...], unit: str, concept: str
-) -> list[Any]:
-    """For each batch of strengths the prompt, steered by each of them along one direction."""
-    out = []
-    for some in strengths:
+    positive: Any, directions: Directions, index: int, strengths: torch.Tensor, unit: str, concept: str
+) -> Any:
+    """The prompt, steered along one direction by one strength an image."""
 
-        def change(prompt: host.MarkedPrompt, some: torch.Tensor = some) -> tuple[tuple[int, ...], torch.Tensor]:
-            found, norm = concept_and_norm(prompt, directions, concept)
-            scale = norm if unit == RELATIVE else 1.0
-            return found.rows, scale * some[:, None, None] * directions.pick(index)
+    def change(prompt: host.MarkedPrompt) -> tuple[tuple[int, ...], torch.Tensor]:
+        target, norm = concept_and_norm(prompt, directions, concept)
+        scale = norm if unit == RELATIVE else 1.0
+        return target.rows, scale * strengths[:, None, None] * directions.pick(index)
 
-        out.append(host.steer_conditioning(positive, change, 0.0, 1.0))
-    return out
+    return host.steer_conditioning(positive, change, 0.0, 1.0)
 
 
 NODES = [DirectionSweep]

@@ -1,4 +1,4 @@
-"""Lists that people type into a node: indices, numbers, strengths and words."""
+"""Parsers of lists in text widgets: indices, numbers, strengths and words."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 
 from ..elrond_core.errors import ElrondError
 
-# What words are tried as names of directions, unless a user gives others.
+# Default list of words for names of directions.
 WORDS = (
     "red, orange, yellow, green, blue, purple, pink, brown, black, white, gray, colorful, dark, bright, large, small, "
     "tall, short, long, round, square, pointed, flat, wide, narrow, thin, fat, left, right, central, top, middle, "
@@ -16,21 +16,21 @@ WORDS = (
     "snowy, foggy, empty, crowded, simple, complex, realistic, cartoon, painted, photographed, scary, cute, strong, "
     "weak, rich, poor, fast, slow, near, distant"
 )
-# More than any set holds: an index has six digits at most.
+# Above every index: indices have at most six digits.
 ANY_COUNT = 10**6
 
 
 def indices_of(text: str, count: int) -> list[int]:
-    """Indices that a person listed, such as "0, 2, 5-7"; nothing means all.
+    """Indices in a list such as "0, 2, 5-7". An empty list means all.
 
     Args:
         text: the list.
-        count: how many there are; `ANY_COUNT` where that is not known yet.
+        count: number of directions; `ANY_COUNT` if it is not known yet.
 
     Raises:
         ElrondError: if the text cannot be read, or an index is repeated or not in 0 to `count` - 1.
     """
-    found: list[int] = []
+    indices: list[int] = []
     for part in filter(None, re.split(r"[,;\s]+", re.sub(r"\s*-\s*", "-", text.strip()))):
         match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)
         if not match:
@@ -38,15 +38,15 @@ def indices_of(text: str, count: int) -> list[int]:
         first, last = int(match[1]), int(match[2] or match[1])
         if not first <= last < count:
             raise ElrondError(f"There are no directions {part}: this set holds 0 to {count - 1}.")
-        found += range(first, last + 1)
-    repeated = [i for i, times in Counter(found).items() if times > 1]
+        indices += range(first, last + 1)
+    repeated = [i for i, times in Counter(indices).items() if times > 1]
     if repeated:
         raise ElrondError(f"Direction {min(repeated)} is listed twice.")
-    return found if text.strip() else list(range(count))
+    return indices if text.strip() else list(range(count))
 
 
 def numbers_of(text: str) -> list[float]:
-    """Numbers that a person listed, such as "1, -0.5".
+    """Numbers in a list such as "1, -0.5".
 
     Raises:
         ElrondError: if one is not a number.
@@ -61,20 +61,20 @@ def numbers_of(text: str) -> list[float]:
 
 
 def strengths_of(text: str) -> dict[int, float]:
-    """Directions with a strength each that a person listed, such as "0: 0.5, 3: -0.2".
+    """Strengths by direction, in a list such as "0: 0.5, 3: -0.2".
 
     Raises:
         ElrondError: if the text cannot be read or a direction is repeated.
     """
-    found: dict[int, float] = {}
+    strengths: dict[int, float] = {}
     for part in filter(str.strip, re.split(r"[,;\n]", text)):
         match = re.fullmatch(r"\s*(\d{1,6})\s*[:=]\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*", part)
         if not match:
             raise ElrondError(f"{part.strip()!r} is not a direction and its strength; list them as in 0: 0.5, 3: -0.2.")
-        if int(match[1]) in found:
+        if int(match[1]) in strengths:
             raise ElrondError(f"Direction {int(match[1])} is listed twice.")
-        found[int(match[1])] = float(match[2])
-    return found
+        strengths[int(match[1])] = float(match[2])
+    return strengths
 
 
 def words_of(text: str) -> list[str]:

@@ -19,8 +19,9 @@ from .sampling import (
     stop_if_cancelled,
 )
 from .schedule import marked_at
-from .text import EncodedPrompt, encode, family_of
+from .text import EncodedPrompt, encode, family_of, text_features
 from .upstream import texts_before
+from .words import rows_of, rows_with_words, span_of
 
 __all__ = [
     "HOST",
@@ -48,12 +49,16 @@ __all__ = [
     "progress",
     "resized",
     "routes",
+    "rows_of",
+    "rows_with_words",
     "sample",
     "sampler_names",
     "scheduler_names",
     "sigma_of",
+    "span_of",
     "steer_conditioning",
     "stop_if_cancelled",
+    "text_features",
     "texts_before",
     "through_features",
     "training_device",

@@ -1,7 +1,7 @@
-"""What the host is given when it samples steered entries, after all nodes that came between.
+"""Preparation of steered entries when they are sampled, after all nodes between steering and the sampler.
 
-No node of the pack runs then, so the host's `process_conds`, which prepares the entries of every sampling, is wrapped.
-Entries that the pack did not make pass through as they are.
+No node of the pack runs at that time. So the host's `process_conds`, which prepares the entries of every sampling, is
+wrapped. Entries of other nodes pass through unchanged.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torch
 from ...elrond_core.errors import ElrondError
 from .conditioning import IMAGES, PART, PerImage, plain
 
-# Images among which one is looked for at least: "Latent From Batch" takes one of so many.
-_SEARCHED = 64
+# Smallest number of images among whose noises a noise is looked for. "Latent From Batch" takes images of a batch of at
+# most this many.
+_MIN_SEARCHED = 64
 
 
 def install() -> None:
@@ -41,32 +42,32 @@ def _process_conds(original: Callable[..., Any], *args: Any, **kwargs: Any) -> A
 
 
 def _prepared(entries: list[dict[str, Any]], noise: torch.Tensor, seed: int | None) -> list[dict[str, Any]]:
-    """The entries as the host takes them.
+    """Entries limited to their parts, with the rows and masks of the sampled images.
 
     Args:
         entries: of one kind, positive or negative.
-        noise: (B, C, …, H, W), which the images start from.
-        seed: the seed it was drawn from, if known.
+        noise: (B, C, …, H, W), the noise that the images start from.
+        seed: seed of the noise, if known.
     """
     out: list[dict[str, Any]] = []
     for entry in entries:
         part: Any = entry.get(PART)
         limited = part.limited(entry, tuple(noise.shape[2:])) if part is not None else entry
         if part is not None and part.share is not None and not limited["mask"].any():
-            # It acts nowhere, and would cost as much as the others.
+            # An entry that acts nowhere would take as much time as the others.
             continue
         limited = {key: value for key, value in limited.items() if key not in (PART, IMAGES)}
         counts = [len(limited["cross_attn"])] if isinstance(limited.get("cross_attn"), PerImage) else []
         count = max([*counts, part.masks] if part is not None else counts, default=1)
         if count > 1:
-            _take(limited, list(entry.get(IMAGES, ())) or _image_numbers(noise, seed, count))
+            _select_images(limited, list(entry.get(IMAGES, ())) or _image_numbers(noise, seed, count))
         out.append(limited)
-    # The host needs an entry, even one that acts nowhere.
+    # The host needs at least one entry.
     return out or entries[:1]
 
 
-def _take(entry: dict[str, Any], images: list[int]) -> None:
-    """Replace an entry's rows and masks by those of these images; where there are fewer, they start over."""
+def _select_images(entry: dict[str, Any], images: list[int]) -> None:
+    """Replace an entry's rows and masks by those of these images; they repeat for further images."""
     rows, mask = entry["cross_attn"], entry.get("mask")
     if isinstance(rows, PerImage):
         entry["cross_attn"] = plain(rows)[[i % len(rows) for i in images]]
@@ -77,37 +78,37 @@ def _take(entry: dict[str, Any], images: list[int]) -> None:
 def _image_numbers(noise: torch.Tensor, seed: int | None, count: int) -> list[int]:
     """The numbers, within the whole batch, of the images that are sampled together.
 
-    A LATENT that is a part of a batch says which ("batch_index"), and the host draws the noise of image i as the i-th
-    of its seed, but it tells the sampler neither. So the noise is drawn again and recognised.
+    The host draws the noise of image i as the i-th of its seed, also where a LATENT is a part of a batch
+    ("batch_index"), but passes no image numbers to the sampler. So the noise is drawn again and compared.
 
     Args:
         noise: float (B, C, …), the noise that the host starts from.
         seed: its seed.
-        count: images that there are steps for.
+        count: number of images that there are steps or masks for.
 
     Raises:
         ElrondError: if it is not the host's noise, and there are not as many images as steps.
     """
-    own = noise.detach().float().cpu()
-    if seed is not None and own.any():
+    given = noise.detach().float().cpu()
+    if seed is not None and given.any():
         generator = torch.Generator().manual_seed(seed)
-        if _same(own, comfy.sample.prepare_noise_inner(torch.empty(own.shape), generator)):
-            return list(range(len(own)))
+        if _same(given, comfy.sample.prepare_noise_inner(torch.empty(given.shape), generator)):
+            return list(range(len(given)))
         generator.manual_seed(seed)
         numbers: dict[int, int] = {}
-        for i in range(max(count, _SEARCHED)):
-            drawn = comfy.sample.prepare_noise_inner(torch.empty(1, *own.shape[1:]), generator)[0]
-            numbers |= {j: i for j in range(len(own)) if j not in numbers and _same(own[j], drawn)}
-            if len(numbers) == len(own):
-                return [numbers[j] for j in range(len(own))]
-    if len(own) != count:
+        for i in range(max(count, _MIN_SEARCHED)):
+            drawn = comfy.sample.prepare_noise_inner(torch.empty(1, *given.shape[1:]), generator)[0]
+            numbers |= {j: i for j in range(len(given)) if j not in numbers and _same(given[j], drawn)}
+            if len(numbers) == len(given):
+                return [numbers[j] for j in range(len(given))]
+    if len(given) != count:
         raise ElrondError(
-            f"There are steps or masks for {count} images, and which of them these {len(own)} are cannot be told from "
-            f"their noise: make steps for {len(own)} images, or sample all {count} together."
+            f"There are steps or masks for {count} images, and which of them these {len(given)} are cannot be told "
+            f"from their noise: make steps for {len(given)} images, or sample all {count} together."
         )
     return list(range(count))
 
 
 def _same(noise: torch.Tensor, drawn: torch.Tensor) -> bool:
-    """Whether two noises are one, but for rounding to half precision."""
+    """Whether two noises are equal up to rounding to half precision."""
     return torch.allclose(noise, drawn, rtol=1e-2, atol=1e-2)

@@ -1,4 +1,4 @@
-"""Conditionings that remember their concept, and those that differ between the images of a batch."""
+"""Conditionings that carry their concepts, and conditionings that differ between the images of a batch."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from node_helpers import conditioning_set_values
 
 from ...elrond_core.errors import ElrondError
 from ...elrond_core.prompt import Concept
 
-# Keys of an entry; the host and its nodes pass unknown keys through.
-MARK = "elrond"  # its `MarkedPrompt`
-PART = "elrond_part"  # its `parts.Part`, if steering divided it
-IMAGES = "elrond_images"  # the numbers of the images that are sampled together, where the pack samples them
+# Keys of an entry's options. The host and its nodes pass unknown keys through.
+MARK = "elrond"  # a `MarkedPrompt`
+PART = "elrond_part"  # a `parts.Part`, if steering has divided the entry
+IMAGES = "elrond_images"  # numbers of the images of a batch that the pack samples
 Conditioning = list[list[Any]]
 
 
 @dataclass(frozen=True)
 class MarkedPrompt:
-    """What a conditioning entry remembers about its prompt.
+    """The prompt of a conditioning entry, and its concepts.
 
     Attributes:
         family: the model family, as the text encoder names it.
         prompt: the encoded text.
         concepts: the marked concepts, in order; at least one.
         norms: for each concept the mean norm of its rows before any steering. Relative strengths are multiples of it,
-            whatever the order of steps.
+            so that the order of several steps does not matter.
         words: the rows of all the prompt's words, those of the concepts included.
     """
 
@@ -61,18 +62,28 @@ class MarkedPrompt:
 def mark(
     conditioning: Conditioning, family: str, prompt: str, concepts: list[Concept], words: tuple[int, ...] = ()
 ) -> Conditioning:
-    """A conditioning that remembers which rows are its concepts', and which are the prompt's words'."""
+    """A conditioning whose entries carry a `MarkedPrompt`.
+
+    Args:
+        conditioning: an encoded prompt.
+        family: the model family.
+        prompt: its text.
+        concepts: its concepts, with their rows.
+        words: the rows of all its words.
+    """
     rows = conditioning[0][0][0].float()
     norms = tuple(float(rows[list(c.rows)].norm(dim=-1).mean()) for c in concepts)
-    prompt_mark = MarkedPrompt(family, prompt, tuple(concepts), norms, words)
-    return [[tensor, {**options, MARK: prompt_mark}] for tensor, options in conditioning]
+    marked_conditioning: Conditioning = conditioning_set_values(
+        conditioning, {MARK: MarkedPrompt(family, prompt, tuple(concepts), norms, words)}
+    )
+    return marked_conditioning
 
 
 def marked(conditioning: Conditioning) -> tuple[torch.Tensor, MarkedPrompt]:
-    """The first entry that remembers a concept: its tensor (1, T, d) and its marked prompt.
+    """The first marked entry: its tensor (1, T, d) and its `MarkedPrompt`.
 
     Raises:
-        ElrondError: if none does.
+        ElrondError: if no entry is marked.
     """
     for tensor, options in conditioning:
         if MARK in options:
@@ -84,26 +95,26 @@ def marked(conditioning: Conditioning) -> tuple[torch.Tensor, MarkedPrompt]:
 
 
 class PerImage(torch.Tensor):
-    """A conditioning (N, T, d) whose item i belongs to image i, whichever images are sampled together.
+    """A conditioning (N, T, d) whose item i is for image i, whichever images are sampled together.
 
-    The type outlasts arithmetic, so that the host's nodes may average it, or append another prompt to it.
-    `at_sampling` takes the items of the images that are sampled and hands the model an ordinary tensor.
+    Results of arithmetic have this type too, so that the host's nodes can average it, or append another prompt to it.
+    `at_sampling` takes the items of the sampled images and hands the model an ordinary tensor.
     """
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Let one tensor stand for all images where prompts are put one after another, as it does in sums."""
+        """Broadcast a tensor of one item in concatenations along the tokens, as torch does in sums."""
         kwargs = kwargs or {}
         if func is torch.cat and 1 in (*args[1:], kwargs.get("dim")):
-            count = max(len(each) for each in args[0])
-            args = ([each.expand(count, -1, -1) if len(each) == 1 else each for each in args[0]], *args[1:])
+            count = max(len(part) for part in args[0])
+            args = ([part.expand(count, -1, -1) if len(part) == 1 else part for part in args[0]], *args[1:])
         try:
             return super().__torch_function__(func, types, args, kwargs)
         except RuntimeError as error:
             operands = args[0] if func is torch.cat else args
-            counts = {len(each) for each in operands if isinstance(each, torch.Tensor) and each.ndim == 3} - {1}
+            counts = {len(part) for part in operands if isinstance(part, torch.Tensor) and part.ndim == 3} - {1}
             if len(counts) < 2:
                 raise
             few, many = min(counts), max(counts)
@@ -114,15 +125,15 @@ class PerImage(torch.Tensor):
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers as an ordinary tensor."""
+    """The same values as an ordinary tensor."""
     return tensor.as_subclass(torch.Tensor) if isinstance(tensor, PerImage) else tensor
 
 
 def check_one_image(conditioning: Conditioning) -> None:
-    """Refuse a conditioning whose entries differ between images, where one prompt is looked at.
+    """Refuse a conditioning that differs between images.
 
     Raises:
-        ElrondError: if one does.
+        ElrondError: if an entry does.
     """
     for tensor, options in conditioning:
         count = len(tensor) if isinstance(tensor, PerImage) else options[PART].masks if PART in options else 1

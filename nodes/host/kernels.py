@@ -1,7 +1,7 @@
-"""What takes the place of fused kernels while gradients are taken.
+"""Differentiable replacements of fused kernels while gradients are taken.
 
-Newer hosts normalise, rotate and modulate in operators of the package `comfy_kitchen`, which have no derivative. The
-package holds the same functions in plain PyTorch as well, for devices that have no kernel.
+Newer hosts normalise, rotate and modulate by operators of the package `comfy_kitchen`, which have no derivative. The
+package also has the same functions in plain PyTorch, for devices without these kernels.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from .gradient_patches import replaced_attribute
 
 _PACKAGE = "comfy_kitchen"
+# Modules of the plain functions that models use.
 _PARTS = ("rope", "adaln")
 
 
 @contextlib.contextmanager
 def plain_kernels() -> Iterator[None]:
-    """For the time being, functions of `comfy_kitchen` are the package's own in plain PyTorch; without it, nothing."""
+    """Within the context, functions of `comfy_kitchen`, if it is installed, are those in plain PyTorch."""
     with contextlib.ExitStack() as undo:
         for part in _PARTS:
             with contextlib.suppress(ImportError):

@@ -1,9 +1,9 @@
-"""Steering a conditioning in a part of the sampling, or of the image.
+"""Steering of a conditioning in a part of the sampling, or of the image.
 
 The host has entries that act between two points of the sampling, or under a mask. Steering a part therefore divides an
-entry: one acts where it is steered, others where it is not. Nodes of the host that come later write the same keys
-(`start_percent`, `end_percent`, `mask`), and mean all of the entry. So an entry remembers which part it is, and
-`at_sampling` brings the two together.
+entry: one new entry acts where it is steered, others act where it is not. Later nodes of the host write the same keys
+(`start_percent`, `end_percent`, `mask`) and mean the undivided entry. So each entry carries its `Part`, and
+`at_sampling` combines it with these keys.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from ...elrond_core.steering.apply import steer
 from . import at_sampling
 from .conditioning import MARK, PART, Conditioning, MarkedPrompt, PerImage, marked, plain
 
-# Two entries that meet at a step would both act there and be averaged, so the later one starts so much later. It is a
-# hundredth of one of a thousand timesteps.
-_LATER = 1e-5
+# Gap between two entries, as a share of the sampling: a hundredth of one of a thousand timesteps. Two entries that meet
+# at a step would both act there, and be averaged.
+_GAP = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Which part of an entry a divided one is.
+    """The part of an undivided entry that a new entry is.
 
     Attributes:
         start: share of the sampling at which it starts, 0 to 1.
         end: share at which it ends.
-        share: MASK (N, H, W) in [0, 1], how much of each cell is its; None is all.
-        whole: the mask that the entry had before it was divided, if any.
-        mask: the product of the two, which the divided entry has. A later node that replaces it means the whole.
+        share: MASK (N, H, W) in [0, 1], its share of each cell; None is all.
+        whole: the mask of the undivided entry, if any.
+        mask: the product of the two, which the new entry has. A mask by a later node replaces that of the undivided
+            entry.
     """
 
     start: float = 0.0
@@ -47,31 +48,31 @@ class Part:
 
     @property
     def masks(self) -> int:
-        """How many images have a share of their own; 1 if all have the same."""
+        """Number of images that have a share each; 1 if all have the same."""
         return 1 if self.share is None else len(self.share)
 
     def whole_mask(self, options: dict[str, Any]) -> torch.Tensor | None:
-        """The mask of the undivided entry, as far as later nodes tell it."""
-        now = options.get("mask")
-        if self.mask is None or now is None:
-            return now
-        untouched = now is self.mask or (now.shape == self.mask.shape and torch.equal(now, self.mask.to(now)))
-        return self.whole if untouched else now
+        """The mask of the undivided entry, which a later node may have set."""
+        mask = options.get("mask")
+        if self.mask is None or mask is None:
+            return mask
+        unchanged = mask is self.mask or (mask.shape == self.mask.shape and torch.equal(mask, self.mask.to(mask)))
+        return self.whole if unchanged else mask
 
     def limited(self, options: dict[str, Any], size: tuple[int, ...] | None = None) -> dict[str, Any]:
-        """The options of the undivided entry, limited to this part, which they remember.
+        """The options of the undivided entry, limited to this part. They carry it.
 
         Args:
-            options: those of the entry; they may be limited to this part already.
-            size: (…, H, W) of the latents, once that is known.
+            options: options of the entry, which may be limited to this part already.
+            size: (…, H, W) of the latents, if it is known yet.
 
         Raises:
-            ElrondError: if the entry is a default one and the part a region.
+            ElrondError: if the entry is a default one and the part is a region.
         """
-        kept = {k: v for k, v in options.items() if k not in ("start_percent", "end_percent", PART)}
-        kept.update(self._window(options.get("start_percent", 0.0), options.get("end_percent", 1.0)))
+        limited = {k: v for k, v in options.items() if k not in ("start_percent", "end_percent", PART)}
+        limited.update(self._window(options.get("start_percent", 0.0), options.get("end_percent", 1.0)))
         if self.share is None:
-            return {**kept, PART: self}
+            return {**limited, PART: self}
         if options.get("default"):
             raise ElrondError(
                 "A default conditioning acts where the others leave room and cannot be masked itself: steer without a "
@@ -81,27 +82,27 @@ class Part:
         weights = whole
         if whole is None and "area" in options and size is not None:
             weights = _area_weights(options["area"], size)
-        # The host may crop an entry to where its mask is not zero; the division must not change what the model sees.
+        # The host may crop an entry to the region where its mask is not zero. Division must not change that region.
         least = torch.finfo(self.share.dtype).eps if options.get("set_area_to_bounds") else 0.0
         weights, share = _matched(torch.ones(1, 1, 1) if weights is None else weights, self.share)
         mask = weights * share.clamp_min(least)
-        return {**kept, "mask": mask, PART: Part(self.start, self.end, self.share, whole, mask)}
+        return {**limited, "mask": mask, PART: Part(self.start, self.end, self.share, whole, mask)}
 
     def _window(self, first: float, last: float) -> dict[str, float]:
-        """The keys of a window that is both within the entry's and within this part's."""
+        """The keys of the window of an entry from `first` to `last`, limited to this part."""
         low, high = max(first, self.start), min(last, self.end)
         if low >= high:
-            # The host has no entry that never acts but one that ends before it starts. A later node may widen it.
-            return {"start_percent": high + _LATER, "end_percent": high}
+            # An entry that ends before it starts never acts. A later node may widen it.
+            return {"start_percent": high + _GAP, "end_percent": high}
         window: dict[str, float] = {}
         if low > 0:
-            window["start_percent"] = low + (_LATER if low > first else 0.0)
+            window["start_percent"] = low + (_GAP if low > first else 0.0)
         if high < 1:
             window["end_percent"] = high
         return window
 
     def within(self, other: Part, options: dict[str, Any]) -> Part | None:
-        """The part of this part that is also within another; None if they do not meet."""
+        """The intersection of this part with another; None if it is empty."""
         start, end = max(self.start, other.start), min(self.end, other.end)
         share = self.share if other.share is None else other.share
         if self.share is not None and other.share is not None:
@@ -119,14 +120,14 @@ def steer_conditioning(
     end: float,
     mask: torch.Tensor | None = None,
 ) -> Conditioning:
-    """Steer every marked entry between two points of the sampling, and leave it as it was outside.
+    """Steer every marked entry between two points of the sampling. Outside it stays as it was.
 
     Args:
-        conditioning: entries, of which those without a mark pass through.
+        conditioning: entries; those without a mark pass through.
         change: from an entry's marked prompt, the rows and the change (see `elrond_core.steering.apply.steer`).
         start: share of the sampling at which steering starts, 0 to 1.
         end: share at which it ends.
-        mask: MASK in [0, 1], of any size, where in the image to steer; None is everywhere.
+        mask: MASK in [0, 1], of any size: the region of the image to steer; None is all.
 
     Raises:
         ElrondError: if no entry is marked, steering ends before it starts, or an entry cannot be masked.
@@ -142,7 +143,7 @@ def steer_conditioning(
             continue
         rows, delta = change(options[MARK])
         steered = steer(plain(tensor), rows, delta)
-        # A batch that another node made is taken as it is.
+        # A batch of several items that another node made stays an ordinary tensor.
         per_image = isinstance(tensor, PerImage) or len(steered) > len(tensor)
         before = tensor.expand(len(steered), -1, -1)
         if per_image:
@@ -163,7 +164,7 @@ def steer_conditioning(
 def _divided(
     options: dict[str, Any], mask: torch.Tensor | None, outside: torch.Tensor, inside: torch.Tensor
 ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """The tensors of entries that act outside and inside a mask, and the share of each; all of it is None."""
+    """Tensors of the entries that act outside and inside of a mask, each with its share; None is all."""
     if mask is None or torch.equal(plain(inside), plain(outside)):
         return [(inside, None)]
     share = (mask if mask.ndim > 2 else mask[None]).clamp(0, 1)
@@ -175,17 +176,17 @@ def _divided(
 
 
 def _matched(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two masks (N, …, H, W) brought to the larger size and to as many images as repeat both."""
+    """Two masks (N, …, H, W) at the larger of their sizes, repeated for the same number of images."""
     height, width = max(a.shape[-2], b.shape[-2]), max(a.shape[-1], b.shape[-1])
     a = a if a.ndim > 2 else a[None]
     count = math.lcm(len(a), len(b))
     b = b.to(a).reshape(len(b), *[1] * (a.ndim - b.ndim), *b.shape[1:])
-    a, b = (resized(each, height, width).repeat(count // len(each), *[1] * (a.ndim - 1)) for each in (a, b))
+    a, b = (resized(mask, height, width).repeat(count // len(mask), *[1] * (a.ndim - 1)) for mask in (a, b))
     return a, b
 
 
 def resized(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """A mask (N, …, H, W) at another size, cells staying whole: the host resizes it smoothly when it samples."""
+    """A mask (N, …, H, W) at another size, by nearest neighbours. The host interpolates it when it samples."""
     if mask.shape[-2:] == (height, width):
         return mask
     flat = mask.reshape(-1, 1, *mask.shape[-2:])
@@ -195,7 +196,7 @@ def resized(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def _area_weights(area: Any, size: tuple[int, ...]) -> torch.Tensor:
-    """The weights (1, …, H, W) that the host gives an entry with an area and no mask: they fade at its edges."""
+    """The host's weights (1, …, H, W) of an entry with an area and no mask, which fade at the edges."""
     entry = {"area": area, "model_conds": {}, "uuid": None}
     entries = [entry]
     comfy.samplers.resolve_areas_and_cond_masks_multidim(entries, size, "cpu")

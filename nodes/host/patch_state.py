@@ -1,6 +1,6 @@
-"""State that patches of a model keep between calls: switched off, or fresh for every estimate.
+"""State that patches of a model keep between calls: switched off, or reset for every estimate.
 
-In sampling one step follows another, and patches make use of the steps before. A gradient has no steps before it.
+During sampling, patches use results of earlier steps. A gradient has no earlier steps.
 """
 
 from __future__ import annotations
@@ -17,59 +17,59 @@ import torch
 
 from .gradient_patches import replaced_attribute
 
-# Patches that give out what an earlier step has computed, by the key or the name of their functions.
+# Patches that reuse the result of an earlier step, by the key or the name of their functions.
 _CACHES = re.compile(r"(easy|lazy|tea|mag|block|fb)_?cache", re.IGNORECASE)
 
-# Running averages over the steps, by the names that adaptive projected guidance and its kin give them, as they begin.
+# Initial values of running averages over the steps, by their names in adaptive projected guidance and its variants.
 _FRESH = {"running_avg": 0, "running_average": 0, "prev_sigma": None}
 
 
 @contextlib.contextmanager
 def without_caches(model: Any) -> Iterator[None]:
-    """For the time being, a MODEL computes every step, also where patches would reuse what an earlier step computed."""
-    found: set[str] = set()
+    """Within the context, a MODEL computes every step: patches that reuse earlier results are off."""
+    disabled: set[str] = set()
 
     def allowed(name: Any) -> bool:
         match = _CACHES.search(str(name))
         if match:
-            found.add(match.group())
+            disabled.add(match.group())
         return match is None
 
     wrappers = {
-        kind: {key: functions for key, functions in each.items() if allowed(key)}
-        for kind, each in model.wrappers.items()
+        kind: {key: functions for key, functions in by_key.items() if allowed(key)}
+        for kind, by_key in model.wrappers.items()
     }
     options = dict(model.model_options)
     around = options.get("model_function_wrapper")
     if around is not None and not allowed(getattr(around, "__qualname__", type(around).__qualname__)):
         del options["model_function_wrapper"]
-    if not found:
+    if not disabled:
         yield
         return
-    logging.warning(f"ELROND: {', '.join(sorted(found))} is off while gradients are taken: each needs every step.")
+    logging.warning(f"ELROND: {', '.join(sorted(disabled))} is off while gradients are taken: each needs every step.")
     with replaced_attribute(model, "wrappers", wrappers), replaced_attribute(model, "model_options", options):
         yield
 
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """For the time being, patches that draw random numbers of their own, as token merging does, draw these."""
+    """Within the context, random numbers that patches draw, such as token merging, depend on the seed only."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
 
 class PatchState:
-    """Variables that the functions among a model's options keep from one call to the next.
+    """Variables that functions in a model's options keep between calls.
 
-    Without this a gradient would depend on the gradients before, and on how the model was last sampled.
+    They would make a gradient depend on earlier gradients, and on earlier sampling.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._cells: dict[int, tuple[str, types.CellType]] = {}
         self._objects: dict[int, Any] = {}
         self._seen: set[int] = set()
-        self._told = False
+        self._warned = False
         self._find(options)
 
     def _find(self, value: Any) -> None:
@@ -78,11 +78,11 @@ class PatchState:
         self._seen.add(id(value))
         match value:
             case dict():
-                for each in value.values():
-                    self._find(each)
+                for item in value.values():
+                    self._find(item)
             case list() | tuple() | set():
-                for each in value:
-                    self._find(each)
+                for item in value:
+                    self._find(item)
             case functools.partial():
                 self._find([value.func, value.args, value.keywords])
             case types.MethodType():
@@ -99,9 +99,10 @@ class PatchState:
 
     @contextlib.contextmanager
     def fresh(self) -> Iterator[None]:
-        """For one estimate, averages over the steps begin anew; afterwards everything is as it was.
+        """Within the context, running averages have their initial values. Afterwards the variables are restored.
 
-        Of objects only averages and what has a history are put back: others may keep what took long to compute.
+        Attributes of objects are restored only if they are averages or have a graph. Others may be results that are
+        slow to compute.
         """
         cells = [(name, cell, cell.cell_contents) for name, cell in self._cells.values() if _is_set(cell)]
         objects = [(value, dict(vars(value))) for value in self._objects.values()]
@@ -124,8 +125,8 @@ class PatchState:
                             vars(value)[name] = before[name]
                         else:
                             del vars(value)[name]
-            if not self._told and any(torch.is_tensor(average) for average in averages):
-                self._told = True
+            if not self._warned and any(torch.is_tensor(average) for average in averages):
+                self._warned = True
                 logging.warning(
                     "ELROND: a patch of this model averages its guidance over the steps; for gradients the average "
                     "begins anew with each."

@@ -11,26 +11,26 @@ import folder_paths
 
 
 def output_folder() -> Path:
-    """Where the pack saves: `elrond` in ComfyUI's output folder."""
+    """The folder for the pack's files: `elrond` in ComfyUI's output folder."""
     return Path(folder_paths.get_output_directory()) / "elrond"
 
 
 def _models_folder() -> Path:
-    """`models/elrond`, where the host looks for it too, beside folders that the user named in its settings."""
+    """`models/elrond`, registered with the host beside folders that the user's settings name."""
     models = Path(folder_paths.models_dir) / "elrond"
     folder_paths.add_model_folder_path("elrond", str(models))
     return models
 
 
 def make_folders() -> None:
-    """Make `models/elrond/directions` and `models/elrond/gradients`, for people to put files into, if that may be."""
+    """Make `models/elrond/directions` and `models/elrond/gradients` for the user's files, unless the disk refuses."""
     for kind in ("directions", "gradients"):
         with contextlib.suppress(OSError):
             (_models_folder() / kind).mkdir(parents=True, exist_ok=True)
 
 
 def file_folders() -> list[Path]:
-    """Where the pack looks for its files: `models/elrond`, what was saved, what ships with the demo model."""
+    """Folders of the pack's files, in order of search: `models/elrond`, the output folder, the demo's files."""
     _models_folder()
     shipped = Path(__file__).parents[2] / "demo"
     return [*(Path(p) for p in folder_paths.get_folder_paths("elrond")), output_folder(), shipped]

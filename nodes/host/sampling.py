@@ -13,6 +13,7 @@ import comfy.utils
 import latent_preview
 import torch
 from comfy_execution.graph import ExecutionBlocker
+from node_helpers import conditioning_set_values
 
 from ...elrond_core.errors import ElrondError
 from ...elrond_core.seeding import generator, normal
@@ -28,29 +29,40 @@ def sigma_of(model: Any, noise_level: float) -> float:
 
 
 def progress(total: int, model: Any = None) -> Callable[..., None]:
-    """ComfyUI's progress bar, one for all of a piece of work; each call also stops it if the user cancelled it.
+    """A progress bar of ComfyUI.
 
-    With a MODEL, latents of it that are handed on as the second argument are shown as the host shows those it samples.
+    Args:
+        total: its length.
+        model: a MODEL, for previews.
+
+    Returns:
+        A function of the length that is done and, with a model, of latents whose preview to show. It raises the host's
+        exception if the user has cancelled.
     """
     bar = comfy.utils.ProgressBar(total)
-    # Only its previewer is used: its own progress bar counts from where the work starts.
-    shown = latent_preview.get_previewer(model.load_device, model.model.latent_format) if model is not None else None
+    # `latent_preview.prepare_callback` would start a progress bar of its own for each batch. The functions of
+    # `comfy_api` refuse to run outside of the executor, and take a thread for each call.
+    previewer = (
+        latent_preview.get_previewer(model.load_device, model.model.latent_format) if model is not None else None
+    )
 
     def update(done: float, latents: torch.Tensor | None = None) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        picture = shown.decode_latent_to_preview_image("JPEG", latents) if shown and latents is not None else None
-        bar.update_absolute(done, total, picture)
+        preview = None
+        if previewer and latents is not None:
+            preview = previewer.decode_latent_to_preview_image("JPEG", latents)
+        bar.update_absolute(done, total, preview)
 
     return update
 
 
 def absent(sentence: str) -> ExecutionBlocker:
-    """An output that there is none of: a node that is wired to it does not run, and the user reads why."""
+    """A missing output: nodes that are wired to it do not run, and the user reads the sentence."""
     return ExecutionBlocker(sentence)
 
 
 def stop_if_cancelled() -> None:
-    """End the work, as the progress bar does, if the user cancelled it."""
+    """Raise the host's exception if the user has cancelled."""
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
@@ -64,7 +76,7 @@ def scheduler_names() -> list[str]:
     return list(comfy.samplers.KSampler.SCHEDULERS)
 
 
-# Pixels a latent cell, for formats that do not say it themselves; 8 for all others.
+# Pixels a side of a latent cell, of formats that are not 8 and have no `spacial_downscale_ratio`.
 _CELLS = {"Flux2": 16, "HunyuanImage21": 32, "ChromaRadiance": 1}
 
 
@@ -77,10 +89,10 @@ def empty_latent(model: Any, width: int, height: int, count: int) -> torch.Tenso
 
 
 def own_latents(model: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Latents as the model takes them.
+    """A copy of latents in the shape of the model's.
 
     Raises:
-        ElrondError: if another family made them.
+        ElrondError: if they have another number of channels, so that another family made them.
     """
     latents = comfy.sample.fix_empty_latent_channels(model, latents.clone())
     channels = model.get_model_object("latent_format").latent_channels
@@ -103,26 +115,36 @@ def sample(
     cfg: float,
     sampler: str,
     scheduler: str,
-    alike: bool = False,
+    same_noise: bool = False,
     on_step: Callable[[float, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """Sample a batch of realizations from pure noise; realization `first + i` depends on (seed, first + i) only.
+    """Sample a batch of realizations from pure noise. Realization `first + i` depends on (seed, first + i) only.
 
-    With `alike`, every image of the batch starts from the noise of realization `first`, and has the number of its place
-    in the batch where the conditioning differs between images. After each step `on_step` is
-    told how many images that makes of the batch, in parts of images, and is shown the clean estimates.
+    Args:
+        model: MODEL.
+        positive: the prompt.
+        negative: the negative prompt, or None.
+        latents: empty latents, (B, …).
+        first: number of the first realization.
+        seed: fixes the noise.
+        steps: sampling steps.
+        cfg: guidance.
+        sampler: name of a sampler.
+        scheduler: name of a scheduler.
+        same_noise: all images start from the noise of realization `first`. Conditionings that differ between images
+            then count them from 0.
+        on_step: called after each step with the progress, in images of the batch, and the clean estimates.
+
+    Returns:
+        Latents (B, …).
     """
-    indices = [first] * len(latents) if alike else list(range(first, first + len(latents)))
+    indices = [first] * len(latents) if same_noise else list(range(first, first + len(latents)))
     noise = normal(tuple(latents.shape[1:]), seed, "realization", indices)
-    images = range(len(latents)) if alike else indices
-
-    def numbered(conditioning: Conditioning) -> Conditioning:
-        return [[tensor, {**options, IMAGES: tuple(images)}] for tensor, options in conditioning]
-
+    numbers = {IMAGES: tuple(range(len(latents)) if same_noise else indices)}
     settings = comfy.samplers.KSampler(model, steps, model.load_device, sampler, scheduler, 1.0)
     sigmas = settings.sigmas
-    how = comfy.samplers.sampler_object(sampler)
-    _per_sample_noise(how, noise, sigmas, seed, indices, model.load_device)
+    sampler_object = comfy.samplers.sampler_object(sampler)
+    _per_sample_noise(sampler_object, noise, sigmas, seed, indices, model.load_device)
 
     def callback(step: int, estimate: torch.Tensor, noisy: torch.Tensor, steps: int) -> None:
         if on_step is not None:
@@ -132,10 +154,10 @@ def sample(
         model,
         noise,
         cfg,
-        how,
+        sampler_object,
         sigmas,
-        numbered(positive),
-        numbered(negative if negative is not None else positive),
+        conditioning_set_values(positive, numbers),
+        conditioning_set_values(negative if negative is not None else positive, numbers),
         latents,
         callback=callback,
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
@@ -144,10 +166,10 @@ def sample(
 
 
 def _per_sample_noise(
-    how: Any, noise: torch.Tensor, sigmas: torch.Tensor, seed: int, indices: list[int], device: Any
+    sampler: Any, noise: torch.Tensor, sigmas: torch.Tensor, seed: int, indices: list[int], device: Any
 ) -> None:
-    """Give a stochastic sampler one noise stream a realization; by default it draws one for the whole batch."""
-    function = getattr(how, "sampler_function", None)
+    """Give a stochastic sampler one noise stream for each realization, instead of one for the batch."""
+    function = getattr(sampler, "sampler_function", None)
     if function is None or "noise_sampler" not in inspect.signature(function).parameters:
         return
     streams = [generator(seed, "sampler", i) for i in indices]
@@ -155,12 +177,12 @@ def _per_sample_noise(
     def draw(sigma: Any, sigma_next: Any) -> torch.Tensor:
         return torch.stack([torch.randn(noise.shape[1:], generator=g) for g in streams]).to(device)
 
-    # Not updated in place: the host shares one default dictionary among all its samplers.
-    how.extra_options = {**how.extra_options, "noise_sampler": draw}
+    # Not in place: all samplers of the host share one default dictionary.
+    sampler.extra_options = {**sampler.extra_options, "noise_sampler": draw}
 
 
 def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Images (N, H, W, 3) in [0, 1] of latents, as the stock VAEDecode node makes them."""
+    """Images (N, H, W, 3) in [0, 1] of latents, the same as of the stock VAEDecode node."""
     images = vae.decode(latents)
     # Video models give (N, frames, H, W, 3).
     return images.flatten(0, 1) if images.ndim == 5 else images

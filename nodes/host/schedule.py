@@ -1,6 +1,6 @@
-"""What acts at a noise level: entries of a conditioning that have a part of the sampling, and keyframes of hooks.
+"""The entries of a conditioning and the keyframes of its hooks that act at a noise level.
 
-The host walks down the noise levels once. Gradients are taken at any level in any order, so both are set for each.
+The host walks down the noise levels once. Gradients are taken at any level, in any order, so both are set for each.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .conditioning import MARK, Conditioning, MarkedPrompt, marked
 
 
 def acts_at(sampling: Any, options: dict[str, Any], sigma: float) -> bool:
-    """Whether the host uses an entry with these options at noise level `sigma`, both ends of its part included."""
+    """Whether the host uses an entry with these options at noise level `sigma`. Both ends of its part are included."""
     first, last = _part(options)
     # The host compares in the precision of its sigmas.
     level = torch.tensor(sigma)
@@ -30,10 +30,10 @@ def _part(options: dict[str, Any]) -> tuple[float, float]:
 
 
 def acting(sampling: Any, entries: list[dict[str, Any]], sigma: float) -> dict[str, Any]:
-    """The first of some marked entries, by their options, that acts at noise level `sigma`.
+    """The first of marked entries, given by their options, that acts at noise level `sigma`.
 
     Raises:
-        ElrondError: if none does.
+        ElrondError: if no entry does.
     """
     for options in entries:
         if acts_at(sampling, options, sigma):
@@ -50,7 +50,7 @@ def marked_at(model: Any, conditioning: Conditioning, sigma: float) -> MarkedPro
     """The marked prompt of the entry that is differentiated at noise level `sigma`.
 
     Raises:
-        ElrondError: if no entry is marked, or none of those that are acts there.
+        ElrondError: if no entry is marked, or no marked entry acts at this level.
     """
     marked(conditioning)
     entries = [options for _, options in conditioning if MARK in options]
@@ -59,20 +59,20 @@ def marked_at(model: Any, conditioning: Conditioning, sigma: float) -> MarkedPro
 
 
 class Keyframes:
-    """Sets the keyframes of the hooks of conditionings as sampling would have them at a noise level.
+    """Sets the keyframes of the hooks of conditionings to those of a noise level.
 
-    By itself the host moves on by one keyframe a call, and never back.
+    The host itself advances by one keyframe a call, and never goes back.
     """
 
     def __init__(self, patcher: Any, conds: dict[str, list[dict[str, Any]]]) -> None:
         self._patcher = patcher
-        entries = [entry for each in conds.values() for entry in each if entry.get("hooks")]
+        entries = [entry for kind in conds.values() for entry in kind if entry.get("hooks")]
         groups = [hook.hook_keyframe for entry in entries for hook in entry["hooks"].hooks]
         self._groups = list({id(group): group for group in groups}.values())
         self._strengths: list[float] = []
 
     def hold(self, sigma: float) -> None:
-        """For each hook the last keyframe that starts before noise level `sigma` is reached."""
+        """Set each hook to the last keyframe that starts before noise level `sigma` is reached."""
         for group in self._groups:
             if group.is_empty():
                 continue
@@ -80,10 +80,10 @@ class Keyframes:
             group._current_index = reached[-1]
             group._current_keyframe = group.keyframes[reached[-1]]
             group._current_strength = group.strength
-            # At this level the host leaves it as it is.
+            # The host changes the keyframe only when the level changes.
             group._curr_t = torch.tensor(sigma)
         strengths = [group.strength for group in self._groups]
         if strengths != self._strengths:
-            # Weights that are patched with other strengths.
+            # The cached weights are patched with other strengths.
             self._patcher.clear_cached_hook_weights()
             self._strengths = strengths

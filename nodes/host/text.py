@@ -34,12 +34,24 @@ def encode(clip: Any, prompt: str) -> Conditioning:
     return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
 
 
-# Where several encoders read the prompt, the first of these makes the rows; others are pooled, or conditionings of
-# their own.
+def text_features(clip: Any, text: str) -> torch.Tensor:
+    """The pooled output of a CLIP's text encoder, float32 (F,).
+
+    Raises:
+        ElrondError: if the encoder has none.
+    """
+    pooled = encode(clip, text)[0][1].get("pooled_output")
+    if pooled is None:
+        raise ElrondError("This text encoder says nothing of a text as a whole: connect a CLIP's, or clear the text.")
+    return pooled[0].float().cpu()
+
+
+# If several encoders read the prompt, the first of these makes the rows. Output of the others is pooled, or is another
+# conditioning.
 _ROWS = ("t5xxl", "hydit_clip", "llama", "qwen25_7b", "g", "l")
-# Two prompts of one token, which show what a chat template puts around every prompt.
+# Two prompts of one token. What their tokens have in common is the chat template.
 _PROBES = ("dog", "cat")
-# Of the change of the row that changes most: below this, a row has not changed but by rounding.
+# A change of a row below this share of the largest change is rounding.
 _ROUNDING = 1e-3
 
 
@@ -60,18 +72,18 @@ class _Place(NamedTuple):
 
     @property
     def key(self) -> Hashable:
-        """What is equal for equal tokens only."""
+        """A value that is equal for equal tokens only."""
         return int(self.token) if isinstance(self.token, numbers.Integral) else tuple(self.token.flatten().tolist())
 
 
 class _Template(NamedTuple):
-    """What a tokenizer puts around every prompt.
+    """The chat template that a tokenizer puts around every prompt.
 
     Attributes:
-        before: how many tokens come before the prompt.
-        after: how many come after it.
-        row: the row at which the prompt starts; None if that is not known.
-        tokens: those of the probes between.
+        before: number of tokens before the prompt.
+        after: number of tokens after it.
+        row: the row at which the prompt starts; None if it is not known.
+        tokens: the tokens of the two `_PROBES`.
     """
 
     before: int

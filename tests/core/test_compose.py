@@ -98,8 +98,12 @@ def test_orthogonalised_directions_span_the_same() -> None:
     upper = whole.vectors.flatten(1) @ flat.T
     torch.testing.assert_close(upper, upper.tril(), rtol=0, atol=1e-5)
     torch.testing.assert_close(upper.norm(dim=1), torch.ones(4))
+    assert (upper.diagonal() > 0).all()
     with pytest.raises(ElrondError, match="Direction 5 is a mix of those before it"):
         orthogonalised(merge(whole, subset(orthogonalised(directions(6)), [5, 1])))
+    few = directions(2, rows=1, width=2)
+    with pytest.raises(ElrondError, match="Direction 2 is a mix of those before it"):
+        orthogonalised(merge(orthogonalised(few), few))
 
 
 def test_names_and_merging() -> None:

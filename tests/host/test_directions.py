@@ -19,7 +19,7 @@ from comfyui_elrond.elrond_core.errors import ElrondError
 from comfyui_elrond.elrond_core.gradients import Gradients
 from comfyui_elrond.elrond_core.provenance import Provenance
 from comfyui_elrond.elrond_core.storage.format import load_directions
-from comfyui_elrond.nodes import host, labels, routes
+from comfyui_elrond.nodes import host, routes
 from PIL import Image
 
 from demo.captions import WORDS
@@ -191,7 +191,7 @@ def test_labels_look_at_the_occurrence_the_directions_are_for(
     """All rows of it, or a single one; the first where that is unclear."""
     origin = Provenance("Demo", "a red thing and a red thing", "red thing", rows=rows)
     with torch.inference_mode():
-        assert labels._place(teacher.clip, origin) == ((2, 11), (18, 27))[place]
+        assert host.span_of(teacher.clip, origin) == ((2, 11), (18, 27))[place]
 
 
 def test_rows_that_an_encoder_appends_move_no_concept(
@@ -202,8 +202,8 @@ def test_rows_that_an_encoder_appends_move_no_concept(
             marked = nodes["ElrondEncodeConcept"].execute(teacher.clip, "a thing and a [thing]", "", 1).args[0]
             memory = host.marked(marked)[1]
             origin = Provenance("Demo", "a thing and a thing", "thing", rows=memory.concepts[0].rows)
-            span = labels._place(teacher.clip, origin)
-            return memory.concepts, memory.words, span, labels._rows(teacher.clip, origin.prompt, span).tolist()
+            span = host.span_of(teacher.clip, origin)
+            return memory.concepts, memory.words, span, host.rows_of(teacher.clip, origin.prompt, span).tolist()
 
     expected, usual = found(), teacher.clip.encode_from_tokens_scheduled
 

@@ -1,4 +1,4 @@
-"""ConceptMask and MeasureLeak: where in an image a concept is, and how much of a change falls elsewhere."""
+"""ConceptMask: where in an image a concept is."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..elrond_core.errors import ElrondError
-from ..elrond_core.steering.locality import measure_leak, region, sensitivity_maps
+from ..elrond_core.steering.locality import region, sensitivity_maps
 from . import host
 from .types import seed_input
 
@@ -79,7 +78,7 @@ class ConceptMask(io.ComfyNode):
         seed: int,
         concept: str,
     ) -> io.NodeOutput:
-        """Look under the host's model management."""
+        """Measure how the estimate responds to each concept, and compare."""
         sigma = host.sigma_of(model, noise_level)
         prompt = host.marked_at(model, positive, sigma)
         concepts = list(prompt.concepts)
@@ -96,45 +95,4 @@ class ConceptMask(io.ComfyNode):
         return io.NodeOutput(region(maps, threshold, grow).float(), maps[0] / maps[0].amax((1, 2), keepdim=True))
 
 
-class MeasureLeak(io.ComfyNode):
-    """Images without and with steering to how much of the change falls outside a mask."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        """Inputs and outputs."""
-        return io.Schema(
-            node_id="ElrondMeasureLeak",
-            display_name="Measure Leak (ELROND)",
-            category="ELROND",
-            description="Measures how much of what a direction changes falls outside the concept.",
-            inputs=[
-                io.Image.Input("before", tooltip="Images of the prompt as it is."),
-                io.Image.Input("after", tooltip="Images of the same seeds, steered."),
-                io.Mask.Input("mask", tooltip="Where the concept is before: one mask, or one an image."),
-            ],
-            outputs=[
-                io.Float.Output(
-                    display_name="leak", tooltip="0: all change is inside the mask; 1: it is spread evenly."
-                ),
-                io.String.Output(display_name="report", tooltip="Every image in words."),
-            ],
-        )
-
-    @classmethod
-    def execute(cls, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor) -> io.NodeOutput:
-        """Measure."""
-        if before.shape != after.shape:
-            raise ElrondError(
-                f"Images before and after must be as many and of one size, not {_size(before)} and {_size(after)}."
-            )
-        mask = host.resized(mask if mask.ndim > 2 else mask[None], *before.shape[1:3]).cpu()
-        leak = measure_leak(before.cpu().movedim(-1, 1), after.cpu().movedim(-1, 1), mask)
-        return io.NodeOutput(leak.mean, "\n".join(leak.lines()))
-
-
-def _size(images: torch.Tensor) -> str:
-    count, height, width = images.shape[:3]
-    return f"{count} of {width}×{height}"
-
-
-NODES = [ConceptMask, MeasureLeak]
+NODES = [ConceptMask]

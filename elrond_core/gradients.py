@@ -21,9 +21,9 @@ class Gradients:
         sources: int64, (N,): realization that was noised (A).
         targets: int64, (N,): realization the estimate was compared with (B).
         provenance: where they come from.
-        response: float32, (M, R, d): Jacobian probes: white noise back-propagated at the same points and scaled like
+        probes: float32, (M, R, d): Jacobian probes: white noise back-propagated at the same points and scaled like
             the gradients, so that its second moment estimates the pullback metric JᵀJ; M is 0 without them.
-        response_sigma: float32, (M,): noise level of each probe, where there are several levels; else None.
+        probe_sigma: float32, (M,): noise level of each probe, where there are several levels; else None.
     """
 
     vectors: torch.Tensor
@@ -31,20 +31,20 @@ class Gradients:
     sources: torch.Tensor
     targets: torch.Tensor
     provenance: Provenance
-    response: torch.Tensor
-    response_sigma: torch.Tensor | None = None
+    probes: torch.Tensor
+    probe_sigma: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         count = len(self.vectors)
-        if self.vectors.ndim != 3 or self.response.ndim != 3 or self.response.shape[1:] != self.vectors.shape[1:]:
+        if self.vectors.ndim != 3 or self.probes.ndim != 3 or self.probes.shape[1:] != self.vectors.shape[1:]:
             raise ElrondError(
                 f"Gradients must be (N, rows, d), got {tuple(self.vectors.shape)} with a response of "
-                f"{tuple(self.response.shape)}."
+                f"{tuple(self.probes.shape)}."
             )
         if not len(self.sigma) == len(self.sources) == len(self.targets) == count:
             raise ElrondError(f"{count} gradients need as many noise levels, sources and targets.")
-        if self.response_sigma is not None and len(self.response_sigma) != len(self.response):
-            raise ElrondError(f"{len(self.response)} responses need as many noise levels.")
+        if self.probe_sigma is not None and len(self.probe_sigma) != len(self.probes):
+            raise ElrondError(f"{len(self.probes)} responses need as many noise levels.")
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -59,17 +59,17 @@ class Gradients:
         """The noise levels, in the model's units, highest first."""
         return sorted(self.sigma.unique().tolist(), reverse=True)
 
-    def select(self, mask: torch.Tensor, response_mask: torch.Tensor | None = None) -> Gradients:
+    def select(self, mask: torch.Tensor, probe_mask: torch.Tensor | None = None) -> Gradients:
         """The gradients where a mask holds, in order.
 
         Args:
             mask: bool, (N,).
-            response_mask: bool, (M,), of the Jacobian probes; None keeps all.
+            probe_mask: bool, (M,), of the Jacobian probes; None keeps all.
         """
-        response, sigma = self.response, self.response_sigma
-        if response_mask is not None:
-            response = response[response_mask]
-            sigma = None if sigma is None else sigma[response_mask]
+        probes, sigma = self.probes, self.probe_sigma
+        if probe_mask is not None:
+            probes = probes[probe_mask]
+            sigma = None if sigma is None else sigma[probe_mask]
         levels = self.sigma[mask]
         return Gradients(
             vectors=self.vectors[mask],
@@ -77,8 +77,8 @@ class Gradients:
             sources=self.sources[mask],
             targets=self.targets[mask],
             provenance=self.provenance.with_(sigma=tuple(levels.unique().tolist()), count=len(levels)),
-            response=response,
-            response_sigma=sigma,
+            probes=probes,
+            probe_sigma=sigma,
         )
 
     def at_levels(self, levels: Sequence[float]) -> Gradients:
@@ -91,7 +91,7 @@ class Gradients:
         mask = torch.isin(self.sigma, wanted)
         if not mask.any():
             raise ElrondError(f"There are no gradients of that noise level, only of {listed(self.levels)}.")
-        return self.select(mask, torch.isin(self.response_levels(), wanted))
+        return self.select(mask, torch.isin(self.probe_levels(), wanted))
 
     def of_row(self, row: int) -> Gradients:
         """Only the gradients, and Jacobian probes, of one of the concept's rows, (N, 1, d); 0 is the first.
@@ -106,7 +106,7 @@ class Gradients:
         return replace(
             self,
             vectors=self.vectors[:, here],
-            response=self.response[:, here],
+            probes=self.probes[:, here],
             provenance=self.provenance.with_(rows=self.provenance.rows[here], tokens=self.provenance.tokens[here]),
         )
 
@@ -115,7 +115,7 @@ class Gradients:
 
         By the chain rule they are sums over the rows. A direction over one row moves each of several rows by itself.
         """
-        return replace(self, vectors=self.vectors.sum(1, keepdim=True), response=self.response.sum(1, keepdim=True))
+        return replace(self, vectors=self.vectors.sum(1, keepdim=True), probes=self.probes.sum(1, keepdim=True))
 
     def rms_length(self, level: float) -> float:
         """Root mean square length of the gradients of a noise level."""
@@ -135,26 +135,26 @@ class Gradients:
         Every level then has the same weight in pooled directions. Probes are divided by the same length as gradients,
         so that the response directions of a level do not change.
         """
-        scale, probe_scale = torch.ones(len(self)), torch.ones(len(self.response))
+        scale, probe_scale = torch.ones(len(self)), torch.ones(len(self.probes))
         for level in self.levels:
             length = torch.tensor(self.rms_length(level))
             if length > 0:
                 scale[self.sigma == level] = 1 / length
-                probe_scale[self.response_levels() == level] = 1 / length
-        vectors, response = self.vectors * scale[:, None, None], self.response * probe_scale[:, None, None]
-        return replace(self, vectors=vectors, response=response)
+                probe_scale[self.probe_levels() == level] = 1 / length
+        vectors, probes = self.vectors * scale[:, None, None], self.probes * probe_scale[:, None, None]
+        return replace(self, vectors=vectors, probes=probes)
 
-    def response_levels(self) -> torch.Tensor:
+    def probe_levels(self) -> torch.Tensor:
         """Noise level of each Jacobian probe, float32, (M,).
 
         Raises:
             ElrondError: if there are several levels and the gradients do not say.
         """
-        if self.response_sigma is not None:
-            return self.response_sigma
-        if len(self.levels) > 1 and len(self.response):
+        if self.probe_sigma is not None:
+            return self.probe_sigma
+        if len(self.levels) > 1 and len(self.probes):
             raise ElrondError("These gradients do not say which noise level their responses are of.")
-        return self.sigma[:1].expand(len(self.response))
+        return self.sigma[:1].expand(len(self.probes))
 
 
 def listed(numbers: Sequence[float]) -> str:

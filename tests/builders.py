@@ -17,16 +17,16 @@ def gradients(
     *,
     targets: torch.Tensor | None = None,
     sources: torch.Tensor | None = None,
-    response: torch.Tensor | None = None,
+    probes: torch.Tensor | None = None,
     provenance: Any = HERE,
     kind: type = core_gradients.Gradients,
 ) -> Any:
     """Gradients (N, d) or (N, R, d) of one noise level.
 
-    By default, none of them has a response or tells which realization it belongs to. Tests of the nodes pass `kind` and
+    By default, none of them has probes or tells which realization it belongs to. Tests of the nodes pass `kind` and
     `provenance` of the package that the host imported, whose classes are not those of `elrond_core`.
     """
-    vectors, response = (part[:, None] if part is not None and part.ndim == 2 else part for part in (vectors, response))
+    vectors, probes = (part[:, None] if part is not None and part.ndim == 2 else part for part in (vectors, probes))
     count = len(vectors)
     zeros = torch.zeros(count, dtype=torch.int64)
     return kind(
@@ -35,5 +35,5 @@ def gradients(
         zeros if sources is None else sources,
         zeros if targets is None else targets,
         provenance,
-        vectors[:0] if response is None else response,
+        vectors[:0] if probes is None else probes,
     )

@@ -153,7 +153,10 @@ def _batch(
     items: list[int],
     plan: CollectionPlan,
 ) -> dict[str, torch.Tensor]:
-    """Gradients of pairs (targets, items, 2) as `vectors`, and Jacobian probes as `response`, source by source."""
+    """Gradients of pairs (targets, items, 2) as `vectors`, and Jacobian probes, source by source.
+
+    In kept batches the probes have the name `response`.
+    """
     probe_numbers = [item * plan.probes_per_source + k for k in range(plan.probes_per_source) for item in items]
     probes = None
     if plan.probes:
@@ -185,13 +188,13 @@ class _Results:
     Attributes:
         plan: the plan.
         vectors: float32, (sources · targets, R, d).
-        response: float32, (sources, probes, R, d).
+        probes: float32, (sources, probes, R, d).
         token_norm: mean norm of the concept's rows.
     """
 
     plan: CollectionPlan
     vectors: torch.Tensor
-    response: torch.Tensor
+    probes: torch.Tensor
     token_norm: float
 
     @classmethod
@@ -208,7 +211,7 @@ class _Results:
         """Put a batch in its place; places are (targets, items)."""
         self.vectors[places.T.flatten()] = batch["vectors"]
         if "response" in batch:
-            self.response[items] = batch["response"].unflatten(0, (-1, self.plan.probes_per_source))
+            self.probes[items] = batch["response"].unflatten(0, (-1, self.plan.probes_per_source))
 
     def first(self, count: int, pairs: torch.Tensor, provenance: Provenance) -> Gradients:
         """The first `count` gradients, and the probes of their sources."""
@@ -222,6 +225,6 @@ class _Results:
             sources=pairs[:count, 0],
             targets=pairs[:count, 1],
             provenance=provenance.with_(token_norm=self.token_norm, sigma=plan.sigma, count=count, seed=plan.seed),
-            response=self.response[:sources].flatten(0, 1),
-            response_sigma=levels[:sources].repeat_interleave(plan.probes_per_source) if several else None,
+            probes=self.probes[:sources].flatten(0, 1),
+            probe_sigma=levels[:sources].repeat_interleave(plan.probes_per_source) if several else None,
         )

@@ -42,7 +42,7 @@ def merge_lines(collections: Sequence[Gradients], merged: Gradients) -> list[str
     lines = []
     for place, one in enumerate(collections, 1):
         levels = ", ".join(f"{level:.4g} (root mean square length {one.rms_length(level):.3g})" for level in one.levels)
-        counts = f"{len(one)} gradients and {len(one.response)} responses of seed {_listed(one.provenance.all_seeds)}"
+        counts = f"{len(one)} gradients and {len(one.probes)} responses of seed {_listed(one.provenance.all_seeds)}"
         lines.append(f"{place}: {counts}, noise level {levels}")
     for (i, one), (j, other) in combinations(enumerate(collections, 1), 2):
         seeds = [seed for seed in one.provenance.all_seeds if seed in other.provenance.all_seeds]
@@ -81,12 +81,12 @@ def _both(first: Gradients, second: Gradients) -> Gradients:
         sources=torch.cat([first.sources, second.sources + offset]),
         targets=torch.cat([first.targets, second.targets + offset]),
         provenance=provenance.with_(count=len(first) + len(second)),
-        response=torch.cat([first.response, second.response]),
-        response_sigma=None,
+        probes=torch.cat([first.probes, second.probes]),
+        probe_sigma=None,
     )
-    if len(merged.levels) == 1 or not len(merged.response):
+    if len(merged.levels) == 1 or not len(merged.probes):
         return merged
-    return replace(merged, response_sigma=torch.cat([first.response_levels(), second.response_levels()]))
+    return replace(merged, probe_sigma=torch.cat([first.probe_levels(), second.probe_levels()]))
 
 
 def _contents(gradients: Gradients) -> set[int]:
@@ -96,11 +96,11 @@ def _contents(gradients: Gradients) -> set[int]:
 
 def _unequal(merged: Gradients) -> list[str]:
     """A line if noise levels have other shares of the probes than of the gradients."""
-    if merged.response_sigma is None:
+    if merged.probe_sigma is None:
         return []
     shares = [
         [float((sigma == level).float().mean()) for level in merged.levels]
-        for sigma in (merged.sigma, merged.response_sigma)
+        for sigma in (merged.sigma, merged.probe_sigma)
     ]
     if max(abs(a - b) for a, b in zip(*shares, strict=True)) <= _SHARE:
         return []

@@ -145,8 +145,8 @@ def components(gradients: Gradients, ridge: float | None = None) -> Components:
 def _cholesky(gradients: Gradients, ridge: float | None) -> tuple[torch.Tensor, float]:
     """The Cholesky factor of M + ridge (see `Components`), and the ridge."""
     check_probes(gradients)
-    even, odd = halved_metric(gradients.response)
-    share_of_odd = (len(gradients.response) // 2) / len(gradients.response)
+    even, odd = halved_metric(gradients.probes)
+    share_of_odd = (len(gradients.probes) // 2) / len(gradients.probes)
     mean_diagonal = float(even.diagonal().lerp(odd.diagonal(), share_of_odd).mean())
     if mean_diagonal == 0:
         raise ElrondError(_ZERO)
@@ -162,11 +162,11 @@ def check_probes(gradients: Gradients) -> None:
     Raises:
         ElrondError: if there are fewer than two, or one is not finite.
     """
-    if not len(gradients.response):
+    if not len(gradients.probes):
         raise ElrondError("These gradients came without the model's response; collect them again with it.")
-    if len(gradients.response) < 2:
+    if len(gradients.probes) < 2:
         raise ElrondError("A response needs at least 2 samples, got 1.")
-    bad = first_not_finite(gradients.response)
+    bad = first_not_finite(gradients.probes)
     if bad is not None:
         raise ElrondError(f"The response is not finite (NaN or infinity) in row {bad}; collect the gradients again.")
 

@@ -137,7 +137,7 @@ def _points(gradients: Gradients, options: CorrelationOptions) -> torch.Tensor |
         gradients = gradients.at_levels(gradients.levels[:1])
     groups = _grouped(gradients, options)
     count = int(groups.enough.sum())
-    if not len(gradients.response) or count < options.least_targets or groups.freedom < 1:
+    if not len(gradients.probes) or count < options.least_targets or groups.freedom < 1:
         return None
     most = max(1, groups.freedom // options.gradients_per_component)
     eigenvectors = components(gradients).eigenvectors[:, :most]

@@ -50,6 +50,8 @@ _OPTIONAL = {"latent_values", "seeds", "reach", "densities"}
 _OPTIONAL_TENSORS = {"response_sigma"}
 _KEYS = {"directions": _COMMON | {"method", "score_name", "names", "stars"}, "gradients": _COMMON}
 _KNOWN = {kind: keys | _OPTIONAL | {CHECKSUM} for kind, keys in _KEYS.items()}
+# Attributes of `Gradients` whose tensors have another name in files.
+_ATTRIBUTES = {"response": "probes", "response_sigma": "probe_sigma"}
 # Characters that would end a line, or are none.
 _NOT_IN_NAMES = {"Cc", "Cs", "Zl", "Zp"}
 
@@ -113,7 +115,7 @@ def save_gradients(gradients: Gradients, path: Path, *, overwrite: bool = True) 
     Raises:
         ElrondError: if a gradient is not finite, something does not fit the format, or the file cannot be written.
     """
-    tensors = {name: getattr(gradients, name) for name in _LAYOUTS["gradients"]}
+    tensors = {name: getattr(gradients, _ATTRIBUTES.get(name, name)) for name in _LAYOUTS["gradients"]}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     provenance = gradients.provenance.with_(count=len(gradients))
     content = _content(path.name, "gradients", tensors, {}, provenance, gradients.vectors.shape[2])
@@ -124,7 +126,7 @@ def save_gradients(gradients: Gradients, path: Path, *, overwrite: bool = True) 
 def load_gradients(path: Path, *, family: str | None = None, width: int | None = None) -> Gradients:
     """Read a gradients file; arguments and errors as for `load_directions`."""
     tensors, _, provenance = _read(path, "gradients", family, width)
-    return Gradients(provenance=provenance, **tensors)
+    return Gradients(provenance=provenance, **{_ATTRIBUTES.get(name, name): tensor for name, tensor in tensors.items()})
 
 
 def _directions_content(directions: Directions, name: str) -> bytes:

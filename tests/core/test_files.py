@@ -62,7 +62,7 @@ def everything() -> tuple[Directions, Gradients]:
     several = replace(
         gradients(),
         sigma=torch.tensor([14.5, 7.5, 14.5, 7.5]),
-        response_sigma=torch.tensor([14.5, 7.5]),
+        probe_sigma=torch.tensor([14.5, 7.5]),
         provenance=merged,
     )
     return replace(directions(), provenance=merged), several
@@ -98,10 +98,10 @@ def test_what_is_not_known_of_directions_is_not_known_afterwards(tmp_path: Path)
 def test_gradients_round_trip(tmp_path: Path) -> None:
     files.save_gradients(gradients(), tmp_path / "g")
     same(gradients(), files.load_gradients(tmp_path / "g"))
-    without = replace(gradients(), response=torch.empty(0, 3, 4))
+    without = replace(gradients(), probes=torch.empty(0, 3, 4))
     files.save_gradients(without, tmp_path / "g")
     same(without, files.load_gradients(tmp_path / "g"))
-    levels = replace(gradients(), sigma=torch.tensor([9.0, 3, 9, 3]), response_sigma=torch.tensor([9.0, 3]))
+    levels = replace(gradients(), sigma=torch.tensor([9.0, 3, 9, 3]), probe_sigma=torch.tensor([9.0, 3]))
     files.save_gradients(levels, tmp_path / "g")
     same(levels, files.load_gradients(tmp_path / "g"))
 
@@ -193,11 +193,11 @@ def test_other_types_are_written_as_the_format_has_them(dtype: torch.dtype, tmp_
         vectors=gradients().vectors.to(dtype),
         sigma=gradients().sigma.to(dtype),
         sources=gradients().sources.int(),
-        response=gradients().response.to(dtype).requires_grad_(),
+        probes=gradients().probes.to(dtype).requires_grad_(),
     )
     files.save_gradients(cast, tmp_path / "g")
     loaded = files.load_gradients(tmp_path / "g")
-    same(replace(cast, **{n: getattr(cast, n).float() for n in ("vectors", "sigma", "response")}), loaded)
+    same(replace(cast, **{n: getattr(cast, n).float() for n in ("vectors", "sigma", "probes")}), loaded)
     assert loaded.sources.dtype == torch.int64
     files.save_directions(replace(directions(), vectors=directions().vectors.to(dtype)), tmp_path / "d")
     same(directions(), files.load_directions(tmp_path / "d"))
@@ -205,7 +205,7 @@ def test_other_types_are_written_as_the_format_has_them(dtype: torch.dtype, tmp_
 
 def test_tensors_that_share_their_memory_are_written(tmp_path: Path) -> None:
     numbers, vectors = torch.arange(4), gradients().vectors
-    shared = replace(gradients(), vectors=vectors, sources=numbers, targets=numbers, response=vectors[1:])
+    shared = replace(gradients(), vectors=vectors, sources=numbers, targets=numbers, probes=vectors[1:])
     files.save_gradients(shared, tmp_path / "g")
     same(shared, files.load_gradients(tmp_path / "g"))
 
@@ -278,7 +278,7 @@ def test_what_could_not_be_read_is_not_written(kind: str, changes: dict, sentenc
         (replace(gradients(), sources=torch.tensor([-1, 1, 2, 3])), "row 0 of sources is negative"),
         (replace(gradients(), vectors=gradients().vectors.double() * 1e300), "row 0 of vectors is not finite"),
         (replace(gradients(), sigma=torch.ones(4, 1)), "'sigma' of the wrong type or shape"),
-        (replace(gradients(), response=gradients().response * torch.nan), "row 0 of response is not finite"),
+        (replace(gradients(), probes=gradients().probes * torch.nan), "row 0 of response is not finite"),
         (replace(directions(), scores=torch.tensor([1, 1, 1, 1e300], dtype=torch.float64)), "row 3 of scores"),
         (replace(directions(), natural_std=(1.0, 2.0, 3.0, -1.0)), "do not fit its 4 directions"),
     ],

@@ -77,7 +77,7 @@ def test_central_differences(realizations: torch.Tensor) -> None:
                 assert float(found.vectors[i, row, column]) == pytest.approx(slope, rel=1e-4, abs=1e-8)
                 change = model.denoised(noisy, 0.7, up) - model.denoised(noisy, 0.7, down)
                 answer = 2 / 32 * float((change * probes[i]).sum()) / (2 * step)
-                assert float(found.response[i, row, column]) == pytest.approx(answer, rel=1e-4, abs=1e-8)
+                assert float(found.probes[i, row, column]) == pytest.approx(answer, rel=1e-4, abs=1e-8)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
@@ -85,7 +85,7 @@ def test_the_batch_size_does_not_matter(realizations: torch.Tensor, batch_size: 
     one, other = run(realizations), run(realizations, batch_size=batch_size)
     assert torch.equal(one.sources, other.sources) and torch.equal(one.targets, other.targets)
     assert torch.allclose(one.vectors, other.vectors, rtol=1e-5, atol=1e-9)
-    assert torch.allclose(one.response, other.response, rtol=1e-5, atol=1e-9)
+    assert torch.allclose(one.probes, other.probes, rtol=1e-5, atol=1e-9)
 
 
 def test_a_longer_collection_starts_with_the_shorter(realizations: torch.Tensor) -> None:
@@ -116,12 +116,12 @@ def test_what_is_recorded(realizations: torch.Tensor) -> None:
     progress: list[int] = []
     found = run(realizations, batch_size=5, calls={"on_batch": progress.append})
     assert progress == [5, 10, 12]
-    assert found.vectors.shape == found.response.shape == (12, ROWS, WIDTH)
+    assert found.vectors.shape == found.probes.shape == (12, ROWS, WIDTH)
     assert found.vectors.dtype == torch.float32 and found.flat.shape == (12, ROWS * WIDTH)
     here = found.provenance
     assert (here.count, here.seed, here.sigma, here.concept) == (12, 3, (0.7,), "thing")
     assert here.token_norm == pytest.approx(float(Network().rows.norm(dim=1).mean()))
-    assert len(run(realizations, probes=False).response) == 0
+    assert len(run(realizations, probes=False).probes) == 0
 
 
 def test_cancelling(realizations: torch.Tensor) -> None:
@@ -137,7 +137,7 @@ def test_one_forward_pass_serves_several_targets(realizations: torch.Tensor, tar
     model = Network()
     found = run(realizations, model=model, batch_size=2, targets=targets)
     sources = -(-12 // targets)
-    assert sum(model.sizes) == sources and len(found) == 12 and len(found.response) == sources
+    assert sum(model.sizes) == sources and len(found) == 12 and len(found.probes) == sources
     noise = normal(SHAPE, 3, "noise", list(range(sources)))
     probes = normal(SHAPE, 3, "probe", list(range(sources)))
     for i in range(12):
@@ -145,7 +145,7 @@ def test_one_forward_pass_serves_several_targets(realizations: torch.Tensor, tar
         k = slice(i // targets, i // targets + 1)
         alone, answer = gradient(model, a, b, noise[k], 0.7, probes[k])
         assert torch.allclose(found.vectors[i], alone[0], rtol=1e-5, atol=1e-9)
-        assert torch.allclose(found.response[k], answer, rtol=1e-5, atol=1e-9)
+        assert torch.allclose(found.probes[k], answer, rtol=1e-5, atol=1e-9)
     for k in range(0, 12, targets):
         group = slice(k, k + targets)
         assert len(set(found.targets[group].tolist())) == len(found.targets[group])
@@ -158,15 +158,15 @@ def test_many_targets_take_several_probes(levels: tuple[float, ...], limit: int)
     model = Small(limit) if limit else Network()
     # Three probes for every seventeen targets, and all of them although the last source has one target.
     found = run(realizations, 35, model, sigma=levels, batch_size=2, targets=17)
-    assert len(found) == 35 and len(found.response) == 9
+    assert len(found) == 35 and len(found.probes) == 9
     expected = [0.7] * 9 if levels == (0.7,) else [0.7] * 3 + [0.4] * 3 + [0.7] * 3
-    if found.response_sigma is not None:
-        assert found.response_sigma.tolist() == pytest.approx(expected)
+    if found.probe_sigma is not None:
+        assert found.probe_sigma.tolist() == pytest.approx(expected)
     noise, probes = normal(SHAPE, 3, "noise", list(range(3))), normal(SHAPE, 3, "probe", list(range(9)))
     for k in range(9):
         source = realizations[found.sources[17 * (k // 3)]][None]
         _, answer = gradient(Network(), source, source, noise[k // 3][None], expected[k], probes[k][None])
-        assert torch.allclose(found.response[k], answer[0], rtol=1e-5, atol=1e-9)
+        assert torch.allclose(found.probes[k], answer[0], rtol=1e-5, atol=1e-9)
 
 
 class Small(Network):
@@ -202,7 +202,7 @@ def test_a_batch_that_does_not_fit_is_halved(realizations: torch.Tensor, backwar
     # Seven and three do not fit; what comes after that does not try again.
     assert model.sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
     assert torch.allclose(found.vectors, expected.vectors, rtol=1e-5, atol=1e-9)
-    assert torch.allclose(found.response, expected.response, rtol=1e-5, atol=1e-9)
+    assert torch.allclose(found.probes, expected.probes, rtol=1e-5, atol=1e-9)
 
 
 def test_memory_is_spared_when_a_single_sample_does_not_fit(realizations: torch.Tensor) -> None:
@@ -273,10 +273,10 @@ def test_noise_levels_take_turns(realizations: torch.Tensor) -> None:
         level = (0.9, 0.4, 0.2)[k % 3]
         a, b = realizations[found.sources[i]][None], realizations[found.targets[i]][None]
         alone, answer = gradient(model, a, b, noise[k : k + 1], level, probes[k : k + 1])
-        assert float(found.sigma[i]) == float(found.response_sigma[k]) == pytest.approx(level)
+        assert float(found.sigma[i]) == float(found.probe_sigma[k]) == pytest.approx(level)
         assert torch.allclose(found.vectors[i], alone[0], rtol=1e-5, atol=1e-9)
-        assert torch.allclose(found.response[k], answer[0], rtol=1e-5, atol=1e-9)
-    assert run(realizations, sigma=(0.7,)).response_sigma is None
+        assert torch.allclose(found.probes[k], answer[0], rtol=1e-5, atol=1e-9)
+    assert run(realizations, sigma=(0.7,)).probe_sigma is None
 
 
 def test_selected_gradients_keep_what_belongs_to_them(realizations: torch.Tensor) -> None:
@@ -285,17 +285,17 @@ def test_selected_gradients_keep_what_belongs_to_them(realizations: torch.Tensor
     part = found.select(mask)
     for name in ("vectors", "sigma", "sources", "targets"):
         assert torch.equal(getattr(part, name), getattr(found, name)[mask])
-    assert torch.equal(part.response, found.response) and torch.equal(part.response_sigma, found.response_sigma)
+    assert torch.equal(part.probes, found.probes) and torch.equal(part.probe_sigma, found.probe_sigma)
     assert (part.provenance.count, part.provenance.sigma) == (int(mask.sum()), tuple(part.sigma.unique().tolist()))
-    none = found.select(mask, torch.zeros(len(found.response), dtype=torch.bool))
-    assert len(none.response) == len(none.response_sigma) == 0 and len(none) == len(part)
+    none = found.select(mask, torch.zeros(len(found.probes), dtype=torch.bool))
+    assert len(none.probes) == len(none.probe_sigma) == 0 and len(none) == len(part)
 
 
 def test_levels_apart_and_together(realizations: torch.Tensor) -> None:
     found = levels(realizations)
     second = found.at_levels([found.levels[1]])
     assert torch.equal(second.vectors, found.vectors[[2, 3, 8, 9, 14, 15, 20, 21]])
-    assert torch.equal(second.response, found.response[[1, 4, 7, 10]])
+    assert torch.equal(second.probes, found.probes[[1, 4, 7, 10]])
     assert (second.provenance.count, second.levels) == (8, [found.levels[1]])
     assert torch.equal(found.at_levels(found.levels).vectors, found.vectors)
     even = found.normalised()
@@ -303,19 +303,19 @@ def test_levels_apart_and_together(realizations: torch.Tensor) -> None:
         one, other = found.at_levels([level]), even.at_levels([level])
         length = float(one.flat.norm(dim=1).square().mean().sqrt())
         assert torch.allclose(other.vectors * length, one.vectors, rtol=1e-5)
-        assert torch.allclose(other.response * length, one.response, rtol=1e-5)
+        assert torch.allclose(other.probes * length, one.probes, rtol=1e-5)
         assert float(other.flat.square().sum(1).mean()) == pytest.approx(1)
     with pytest.raises(ElrondError, match=r"no gradients of that noise level, only of 0\.9, 0\.4, 0\.2"):
         found.at_levels([0.5])
     nothing = levels(realizations, probes=False)
-    assert len(nothing.at_levels([nothing.levels[0]]).response) == len(nothing.normalised().response) == 0
+    assert len(nothing.at_levels([nothing.levels[0]]).probes) == len(nothing.normalised().probes) == 0
 
 
 def test_rows_by_themselves_and_all_alike(realizations: torch.Tensor) -> None:
     found, model, step = levels(realizations), Network(), 1e-4
     found = replace(found, provenance=found.provenance.with_(rows=(4, 5), tokens=("chiaro", "scuro")))
     second, alike = found.of_row(1), found.summed_over_rows()
-    assert torch.equal(second.vectors, found.vectors[:, 1:]) and torch.equal(second.response, found.response[:, 1:])
+    assert torch.equal(second.vectors, found.vectors[:, 1:]) and torch.equal(second.probes, found.probes[:, 1:])
     assert (second.provenance.rows, second.provenance.tokens) == ((5,), ("scuro",))
     assert alike.provenance == found.provenance and alike.vectors.shape == (23, 1, WIDTH)
     noise, probe = (normal(SHAPE, 3, purpose, [0]) for purpose in ("noise", "probe"))
@@ -329,7 +329,7 @@ def test_rows_by_themselves_and_all_alike(realizations: torch.Tensor) -> None:
         slope = float((up - target).square().mean() - (down - target).square().mean()) / (2 * step)
         assert float(alike.vectors[0, 0, column]) == pytest.approx(slope, rel=1e-4, abs=1e-8)
         answer = 2 / 32 * float(((up - down) * probe).sum()) / (2 * step)
-        assert float(alike.response[0, 0, column]) == pytest.approx(answer, rel=1e-4, abs=1e-8)
+        assert float(alike.probes[0, 0, column]) == pytest.approx(answer, rel=1e-4, abs=1e-8)
     for row in (2, -1):
         with pytest.raises(ElrondError, match="has 2 rows, and no row"):
             found.of_row(row)
@@ -338,7 +338,7 @@ def test_rows_by_themselves_and_all_alike(realizations: torch.Tensor) -> None:
 def test_the_common_gradient_is_removed(realizations: torch.Tensor) -> None:
     whole, rest = run(realizations), run(realizations, other_rows=1)
     assert torch.allclose(rest.vectors, whole.vectors[:, :1] - whole.vectors.mean(1, keepdim=True), atol=1e-9)
-    assert torch.allclose(rest.response, whole.response[:, :1] - whole.response.mean(1, keepdim=True), atol=1e-9)
+    assert torch.allclose(rest.probes, whole.probes[:, :1] - whole.probes.mean(1, keepdim=True), atol=1e-9)
     assert rest.provenance.token_norm == pytest.approx(float(Network().rows[0].norm()))
 
 
@@ -389,8 +389,8 @@ def test_collecting_stops_when_it_is_enough(
     part, heard = slice(asked[-1]), slice(asked[-1] // targets)
     assert torch.equal(short.vectors, long.vectors[part]) and torch.equal(short.sigma, long.sigma[part])
     assert torch.equal(short.targets, long.targets[part]) and torch.equal(short.sources, long.sources[part])
-    assert torch.equal(short.response, long.response[heard])
-    assert (short.response_sigma is None) == (len(levels) == 1)
+    assert torch.equal(short.probes, long.probes[heard])
+    assert (short.probe_sigma is None) == (len(levels) == 1)
 
 
 def test_the_last_batch_is_said_to_be_the_last(realizations: torch.Tensor) -> None:

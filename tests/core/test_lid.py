@@ -157,7 +157,7 @@ def curved(ways: int, seed: int, realizations: int = 300, noise: float = 0.2) ->
 
 def placed(vectors: torch.Tensor, targets: torch.Tensor, response: torch.Tensor) -> Gradients:
     """Gradients (N, d) of as many noised realizations, with a response (M, d)."""
-    return gradients(vectors, targets=targets, sources=torch.arange(len(targets)), response=response)
+    return gradients(vectors, targets=targets, sources=torch.arange(len(targets)), probes=response)
 
 
 def crossed(noised: int, ways: int, seed: int, unsteady: float, realizations: int = 200) -> Gradients:
@@ -193,7 +193,7 @@ def test_a_loud_way_does_not_hide_the_others() -> None:
     found = curved(3, 0)
     g = torch.Generator().manual_seed(3)
     skewed = torch.randn(found.vectors.shape[2], found.vectors.shape[2], generator=g) * torch.logspace(0, 1, 40)
-    again = replace(found, vectors=found.vectors @ skewed, response=found.response @ skewed)
+    again = replace(found, vectors=found.vectors @ skewed, probes=found.probes @ skewed)
     assert estimate_lid(again).dimension == pytest.approx(estimate_lid(found).dimension, rel=0.05)
 
 
@@ -299,7 +299,7 @@ def test_too_few_gradients_towards_each_realization_leave_the_count_above_the_no
     found = curved(2, 0)
     lonely = replace(found, targets=torch.arange(len(found)))
     few = replace(found, targets=found.targets % 20)
-    deaf = replace(found, response=found.response[:0])
+    deaf = replace(found, probes=found.probes[:0])
     for report in (estimate_lid(lonely), estimate_lid(few), estimate_lid(deaf)):
         assert report.correlation is None and report.dimension == report.estimate
         assert "30 realizations or more" in report.lines()[0]

@@ -28,8 +28,8 @@ def test_nothing_is_lost_and_realizations_stay_apart() -> None:
     parts = [collection(1), collection(2, count=4, heard=0), collection(3)]
     whole = merge_gradients(parts)
     assert torch.equal(whole.vectors, torch.cat([part.vectors for part in parts]))
-    assert torch.equal(whole.response, torch.cat([part.response for part in parts]))
-    assert whole.response_sigma is None and whole.levels == parts[0].levels
+    assert torch.equal(whole.probes, torch.cat([part.probes for part in parts]))
+    assert whole.probe_sigma is None and whole.levels == parts[0].levels
     assert whole.provenance == HERE.with_(sigma=(14.61,), count=16, seeds=(1, 2, 3))
     start, seen = 0, set()
     for part in parts:
@@ -52,12 +52,12 @@ def test_merging_is_what_merging_the_moments_is() -> None:
 
 def test_levels_of_responses_are_known_afterwards() -> None:
     whole = merge_gradients([collection(1), collection(2, level=7.5)])
-    assert whole.response_sigma.tolist() == pytest.approx([14.61] * 3 + [7.5] * 3)
+    assert whole.probe_sigma.tolist() == pytest.approx([14.61] * 3 + [7.5] * 3)
     again = merge_gradients([whole, collection(3, level=3.0)])
     assert again.provenance.sigma == (14.61, 7.5, 3.0) and again.provenance.seeds == (1, 2, 3)
     assert torch.equal(again.at_levels([7.5]).vectors, collection(2, level=7.5).vectors)
-    assert torch.equal(again.at_levels([7.5]).response, collection(2, level=7.5).response)
-    assert merge_gradients([collection(1, heard=0), collection(2, level=7.5, heard=0)]).response_sigma is None
+    assert torch.equal(again.at_levels([7.5]).probes, collection(2, level=7.5).probes)
+    assert merge_gradients([collection(1, heard=0), collection(2, level=7.5, heard=0)]).probe_sigma is None
 
 
 def said_to_be_of_seed(seed: int, one: Gradients) -> Gradients:
@@ -75,7 +75,7 @@ def long(factor: float) -> Gradients:
         (collection(2, prompt="a cat"), "the prompt of one is 'a dog', of the other 'a cat'"),
         (collection(2, family="Flux"), "the model family of one is 'SDXL', of the other 'Flux'"),
         (collection(2, latent_values=64), "the number of values in a latent of one is 0, of the other 64"),
-        (replace(collection(2), vectors=torch.ones(6, 2, 4), response=torch.ones(3, 2, 4)), "1 x 8 values.* 2 x 4"),
+        (replace(collection(2), vectors=torch.ones(6, 2, 4), probes=torch.ones(3, 2, 4)), "1 x 8 values.* 2 x 4"),
         (long(1e-3), "at noise level 14.61 gradients of one have a root mean square length of"),
         (long(1e3), "merge them before they are normalised"),
         (collection(1), "Of 6 gradients of seed 1, 6 are already among those of seed 1"),

@@ -141,7 +141,7 @@ def test_a_response_that_is_not_finite_is_named() -> None:
     response = torch.ones(9, 2, 9)
     response[6, 1, 0] = torch.nan
     numbers = torch.arange(5)
-    source = gradients(_sample(5), sources=numbers, targets=numbers + 1, response=response)
+    source = gradients(_sample(5), sources=numbers, targets=numbers + 1, probes=response)
     with pytest.raises(ElrondError, match=r"The response is not finite \(NaN or infinity\) in row 6;"):
         check_probes(source)
 

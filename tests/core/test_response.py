@@ -130,7 +130,7 @@ def test_what_a_token_norm_does_not_change_is_left_out(equals: Gradients) -> Non
         mean = float(Linear().jacobian.square().sum()) / WIDTH
         assert ridge == pytest.approx(1 / norm**2 / mean, rel=0.1)
     unknown = replace(equals, provenance=equals.provenance.with_(latent_values=0))
-    assert components(unknown).ridge == choose_ridge(*halved_metric(equals.response))
+    assert components(unknown).ridge == choose_ridge(*halved_metric(equals.probes))
 
 
 def test_a_large_ridge_is_pca(gradients: Gradients) -> None:
@@ -146,7 +146,7 @@ def test_fewer_responses_than_dimensions(gradients: Gradients) -> None:
         gradients.sources[:6],
         gradients.targets[:6],
         gradients.provenance,
-        gradients.response[:5],
+        gradients.probes[:5],
     )
     directions, spectrum = fit_response(few)
     assert torch.isfinite(directions.vectors).all() and 1 <= len(directions) <= 6
@@ -167,12 +167,12 @@ def changed(gradients: Gradients, **changes: torch.Tensor) -> Gradients:
 @pytest.mark.parametrize(
     ("changes", "options", "sentence"),
     [
-        ({"response": torch.empty(0, 2, 4)}, {}, "came without the model's response"),
-        ({"response": torch.ones(1, 2, 4)}, {}, "at least 2 samples, got 1"),
-        ({"response": torch.full((3, 2, 4), torch.nan)}, {}, "The response is not finite"),
+        ({"probes": torch.empty(0, 2, 4)}, {}, "came without the model's response"),
+        ({"probes": torch.ones(1, 2, 4)}, {}, "at least 2 samples, got 1"),
+        ({"probes": torch.full((3, 2, 4), torch.nan)}, {}, "The response is not finite"),
         ({"vectors": torch.full((2000, 2, 4), torch.inf)}, {}, "Gradient 0 is not finite"),
         ({"vectors": torch.zeros(2000, 2, 4)}, {}, "nothing to decompose"),
-        ({"response": torch.zeros(3, 2, 4)}, {}, "nothing to decompose"),
+        ({"probes": torch.zeros(3, 2, 4)}, {}, "nothing to decompose"),
         ({}, {"ridge": 0.0}, "ridge must be above zero"),
         ({}, {"limit": 0}, "limit on directions must be at least 1"),
         ({}, {"significance": -1}, "significance must be zero or more"),

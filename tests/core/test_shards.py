@@ -62,7 +62,7 @@ def uninterrupted() -> Gradients:
 
 
 def same(one: Gradients, two: Gradients) -> None:
-    for name in ("vectors", "response", "sigma", "response_sigma", "sources", "targets"):
+    for name in ("vectors", "probes", "sigma", "probe_sigma", "sources", "targets"):
         assert torch.equal(getattr(one, name), getattr(two, name)), name
     assert one.provenance == two.provenance
 

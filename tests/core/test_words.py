@@ -39,7 +39,7 @@ def gradients(noise: float = 0.0) -> Gradients:
         vectors.float(),
         sources=torch.arange(COUNT),
         targets=torch.arange(COUNT),
-        response=response.float(),
+        probes=response.float(),
         provenance=Provenance("linear", latent_values=LATENTS, token_norm=10.0),
     )
 
@@ -123,6 +123,6 @@ def test_what_is_refused() -> None:
     with pytest.raises(ElrondError, match="No word put before the concept changes its rows"):
         fit_words(gradients(), ORDER, bare, bare.expand(len(ORDER), -1, -1))
     with pytest.raises(ElrondError, match="came without the model's response"):
-        fit_words(replace(gradients(), response=torch.empty(0, 1, WIDTH)), ORDER, bare, moved)
+        fit_words(replace(gradients(), probes=torch.empty(0, 1, WIDTH)), ORDER, bare, moved)
     with pytest.raises(ElrondError, match="do not vary along the move from any of these words"):
         fit_words(gradients(), IDLE, bare, moved[[ORDER.index(word) for word in IDLE]])

@@ -223,7 +223,7 @@ def some_gradients(count: int, response: bool = False) -> Gradients:
         vectors,
         sources=places,
         targets=places + 1,
-        response=vectors if response else None,
+        probes=vectors if response else None,
         provenance=some_directions("Demo").provenance,
     )
 

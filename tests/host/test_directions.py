@@ -256,7 +256,7 @@ def test_directions_between_words_need_a_response_and_a_text_encoder(
     run = nodes["ElrondFitWords"].execute
     with torch.inference_mode():
         with pytest.raises(ElrondError, match="without the model's response"):
-            run(replace(gradients, response=gradients.response[:0]), teacher.clip, "red, blue", 0.0, 3)
+            run(replace(gradients, probes=gradients.probes[:0]), teacher.clip, "red, blue", 0.0, 3)
         with pytest.raises(ElrondError, match="The CLIP input is empty"):
             run(gradients, None, "red, blue", 0.0, 3)
         with pytest.raises(ElrondError, match="at least two words"):

@@ -111,13 +111,13 @@ def test_batch_size_changes_nothing(nodes: dict[str, Any], teacher: SimpleNamesp
     for other in (three, eight):
         assert torch.equal(one.sources, other.sources) and torch.equal(one.targets, other.targets)
         torch.testing.assert_close(one.vectors, other.vectors, rtol=1e-4, atol=1e-4 * float(one.vectors.abs().max()))
-        torch.testing.assert_close(one.response, other.response, rtol=1e-4, atol=1e-4 * float(one.response.abs().max()))
+        torch.testing.assert_close(one.probes, other.probes, rtol=1e-4, atol=1e-4 * float(one.probes.abs().max()))
     assert not torch.allclose(one.vectors, collect(nodes, teacher, seed=6).vectors)
 
 
 def test_several_targets_of_one_realization(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
     shared = collect(nodes, teacher, targets_per_realization=3)
-    assert (shared.sources.view(4, 3) == shared.sources.view(4, 3)[:, :1]).all() and len(shared.response) == 4
+    assert (shared.sources.view(4, 3) == shared.sources.view(4, 3)[:, :1]).all() and len(shared.probes) == 4
     again = collect(nodes, teacher, targets_per_realization=3, batch_size=1)
     torch.testing.assert_close(again.vectors, shared.vectors, rtol=1e-4, atol=1e-4 * float(shared.vectors.abs().max()))
 
@@ -137,7 +137,7 @@ def test_guidance_keeps_the_gradient_of_the_guided_estimate(nodes: dict[str, Any
     plain = collect(nodes, teacher)
     guided = collect(nodes, teacher, negative=negative, cfg=2.5)
     torch.testing.assert_close(
-        guided.response, 2.5 * plain.response, rtol=1e-3, atol=1e-4 * float(plain.response.abs().max())
+        guided.probes, 2.5 * plain.probes, rtol=1e-3, atol=1e-4 * float(plain.probes.abs().max())
     )
 
 
@@ -227,7 +227,7 @@ def test_a_collection_that_was_killed_goes_on(
     handle.remove()
     # The first estimate is asked for when the bar has come to the fourth batch.
     assert estimates[0] == 3
-    assert torch.equal(found.vectors, uninterrupted.vectors) and torch.equal(found.response, uninterrupted.response)
+    assert torch.equal(found.vectors, uninterrupted.vectors) and torch.equal(found.probes, uninterrupted.probes)
     assert shown == [2, 4, 6, 8, 10, 12]
 
 
@@ -354,7 +354,7 @@ def test_the_node_compares_features(
     nodes: dict[str, Any], teacher: SimpleNamespace, encoder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     latents, features = collect(nodes, teacher), collect(nodes, teacher, vae=teacher.vae, clip_vision=encoder)
-    assert features.provenance.latent_values == 24 and len(features.response) == 12
+    assert features.provenance.latent_values == 24 and len(features.probes) == 12
     assert torch.equal(latents.targets, features.targets)
     along = torch.nn.functional.cosine_similarity(latents.flat, features.flat)
     assert (along.abs() < 0.999).all()
@@ -370,7 +370,7 @@ def test_noise_levels_through_the_nodes(nodes: dict[str, Any], teacher: SimpleNa
     assert found.levels == pytest.approx([host.sigma_of(teacher.model, level) for level in (1.0, 0.8, 0.5)])
     select = nodes["ElrondSelectGradients"].execute
     second, report = select(found, 2, False).args
-    assert len(second) == len(second.response) == 4 and report.count("4 gradients at noise level") == 3
+    assert len(second) == len(second.probes) == 4 and report.count("4 gradients at noise level") == 3
     pooled = select(found, 0, True).args[0]
     assert len(pooled) == 12 and float(pooled.flat.square().sum(1).mean()) == pytest.approx(1)
     with pytest.raises(ElrondError, match="3 noise levels, and no level 4"):
@@ -392,7 +392,7 @@ def test_what_all_words_have_in_common_is_removed(nodes: dict[str, Any], teacher
     # Word by word: each as the concept of the same prompt.
     words = [collect(nodes, SimpleNamespace(**{**vars(here), "positive": positive(prompt)})) for prompt in
              ("a red [ball]", "[a] red ball", "a [red] ball")]  # fmt: skip
-    for name in ("vectors", "response"):
+    for name in ("vectors", "probes"):
         each = torch.stack([getattr(gradients, name) for gradients in words])
         torch.testing.assert_close(getattr(rest, name), each[0] - each.mean(0), rtol=1e-3, atol=1e-6)
     alone = SimpleNamespace(**{**vars(here), "positive": positive("[ball]")})
@@ -414,7 +414,7 @@ def test_rows_of_a_concept_jointly_alike_or_alone(nodes: dict[str, Any], teacher
         alone = collect(nodes, SimpleNamespace(**{**vars(here), "positive": positive(row)}))
         chosen = select(jointly, 0, False, "single", row).args[0]
         assert chosen.provenance.rows == alone.provenance.rows and chosen.provenance.tokens == alone.provenance.tokens
-        for name in ("vectors", "response"):
+        for name in ("vectors", "probes"):
             torch.testing.assert_close(getattr(chosen, name), getattr(alone, name), rtol=1e-4, atol=1e-7)
     assert torch.equal(select(jointly, 0, False, "mean").args[0].vectors, jointly.vectors.sum(1, keepdim=True))
     with pytest.raises(ElrondError, match="has 2 rows, and no row 3"):

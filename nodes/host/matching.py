@@ -145,7 +145,7 @@ class RowFinder:
     def _places(
         self, rows: torch.Tensor, texts: Sequence[Text]
     ) -> tuple[list[dict[str, _Match]], tuple[_Match, str] | None]:
-        """Where texts with concepts are, as one match for each encoder that makes these rows; no two overlap.
+        """Where texts with concepts are, as one match for each encoder that makes these rows.
 
         Returns:
             the places, and a match and the name of an encoder that makes other numbers of the rows, or other rows, and
@@ -162,18 +162,16 @@ class RowFinder:
             names.setdefault(block.group, []).append(block.name)
         places: list[dict[str, _Match]] = []
         half = None
-        ends: Counter[int] = Counter()
-        for (group, offset), candidates in sorted(matches.items()):
+        for (group, _), candidates in sorted(matches.items()):
             # Of a text and another that goes on from it, the longer one.
             best = {name: max(each, key=lambda m: (bool(m.text.spans), m.stop)) for name, each in candidates.items()}
             with_concept = [match for match in best.values() if match.text.spans]
-            if not with_concept or offset < ends[group]:
+            if not with_concept:
                 continue
             missing = [name for name in names[group] if name not in best]
             if missing:
                 half = (with_concept[0], missing[0])
                 continue
-            ends[group] = max(match.stop for match in best.values())
             places.append({name: best[name] for name in names[group]})
         # Rows of another encoder that read none of the texts, unless there are no other rows.
         silent = names.keys() - {group for group, _ in matches}

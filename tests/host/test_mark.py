@@ -381,6 +381,14 @@ def test_weights_that_another_pack_applies_to_the_rows(name: str, text: str) -> 
     assert found[0][1][host.MARK].norms == (pytest.approx(norm),)
 
 
+def test_a_text_that_another_one_goes_on_from() -> None:
+    """Lumina has neither padding nor an end, so that the rows of a text start those of a longer one."""
+    clip = load(usable("Lumina"))
+    found = marked(clip, stock(clip, PROMPT), text="a photo of a dog\n" + PROMPT)
+    assert found[0][1][host.MARK] == own(clip, PROMPT, "dog")
+    assert rows(marked(clip, stock(clip, PROMPT), text="a photo of a dog")) == rows(found)
+
+
 def half_averaged(clip: Any, conditioning: Any) -> Any:
     other = stock(clip, "a cat on a mat")
     return run(

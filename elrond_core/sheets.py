@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .errors import ElrondError
-from .storage.atomic_write import atomic_write, make_folder, reason
+from .storage.atomic_write import atomic_write, make_folder, reason, remove_abandoned
 
 
 def contact_sheet(
@@ -74,6 +74,7 @@ def save_strip(images: torch.Tensor, path: Path, cell: int = 64) -> None:
     strip.save(content, "png")
     try:
         make_folder(path.parent)
+        remove_abandoned(path.parent)
         atomic_write(path, content.getvalue())
     except OSError as error:
         raise ElrondError(f"{path.name} could not be written: {reason(error)}.") from error

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -155,7 +156,8 @@ async def get_thumbnail(request: web.Request) -> web.StreamResponse:
         path = thumbnail(request.query.get("digest", ""))
     except ElrondError as error:
         return web.json_response({"error": str(error)}, status=400)
-    if not path.is_file():
+    # `is_file` raises in a folder that may not be read.
+    if not os.access(path, os.R_OK) or not path.is_file():
         return web.json_response({"error": "There is no such thumbnail."}, status=404)
     return web.FileResponse(path, headers={"Content-Type": "image/png"})
 

@@ -150,6 +150,9 @@ class TopKSAE(torch.nn.Module):
             raise ElrondError(f"{path.name} does not hold an autoencoder of format version {_VERSION}.")
         try:
             k, rows, width = (int(metadata[key]) for key in ("k", "rows", "width"))
+            # Before a model of any size is made.
+            if min(rows, width) < 1 or state["W_dec"].shape[1:] != (rows * width,) or not 1 <= k <= len(state["W_dec"]):
+                raise ValueError("k, rows and width do not fit the dictionary")
             model = cls(rows, width, len(state["W_dec"]), k, dtype=state["W_dec"].dtype)
             model.load_state_dict(state)
         except (KeyError, ValueError, RuntimeError) as error:

@@ -32,6 +32,8 @@ _ADVICE = {
     errno.ENOTDIR: "a file stands where a folder is needed; rename it",
     errno.EEXIST: "a file stands where a folder is needed; rename it",
 }
+# What a file system answers that cannot flush a folder, such as a network share, or one whose folder may not be listed.
+_NO_FLUSH = {errno.EINVAL, errno.EBADF, errno.EACCES, errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -97,9 +99,10 @@ def remove_abandoned(folder: Path) -> None:
     """Remove the temporary files of writers that were killed, an hour after they last wrote."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
+            if not _TEMPORARY.fullmatch(entry.name):
+                continue
             with contextlib.suppress(OSError):
-                age = time.time() - entry.stat(follow_symlinks=False).st_mtime
-                if _TEMPORARY.fullmatch(entry.name) and age > _ABANDONED:
+                if time.time() - entry.stat(follow_symlinks=False).st_mtime > _ABANDONED:
                     os.unlink(entry.path)  # noqa: PTH108
 
 
@@ -133,9 +136,14 @@ def reason(error: OSError) -> str:
 
 def _flush_folder(folder: Path) -> None:
     # A new name survives a power cut only once its folder is on the disk. Windows has no such call and no such need.
-    if os.name == "posix":
+    if os.name != "posix":
+        return
+    try:
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+    except OSError as error:
+        if error.errno not in _NO_FLUSH:
+            raise

@@ -28,6 +28,8 @@ FORMAT_VERSION = "2"
 # Version 1 is the same without a checksum.
 READABLE = ("1", "2")
 NORM_TOLERANCE = 1e-3
+# Values that are checked at a time. It bounds the additional memory.
+_BLOCK = 2**20
 _TYPES = {"F32": torch.float32, "I64": torch.int64}
 
 # Per kind, every tensor's type and shape; equal letters are equal lengths.
@@ -364,14 +366,23 @@ def _numbers(value: Any, most: float = sys.float_info.max) -> bool:
 def _check_values(name: str, kind: str, tensors: Tensors) -> None:
     """What tensors hold, beyond their types and shapes."""
     for key, tensor in tensors.items():
-        finite = torch.isfinite(tensor)[..., None].flatten(1).all(1)
-        if not finite.all():
-            raise ElrondError(f"{name}: row {int(finite.long().argmin())} of {key} is not finite.")
-        if tensor.dtype == torch.int64 and (tensor < 0).any():
-            raise ElrondError(f"{name}: row {int((tensor < 0).long().argmax())} of {key} is negative.")
+        whole = tensor.dtype == torch.int64
+        row = _first_row(tensor, (lambda block: block < 0) if whole else (lambda block: ~block.isfinite()))
+        if row is not None:
+            raise ElrondError(f"{name}: row {row} of {key} is {'negative' if whole else 'not finite'}.")
     if kind == "directions":
         norms = tensors["vectors"].flatten(1).norm(dim=1)
         far = (norms - 1).abs() > NORM_TOLERANCE
         if far.any():
             index = int(far.long().argmax())
             raise ElrondError(f"{name}: direction {index} has norm {float(norms[index]):.4g} instead of 1.")
+
+
+def _first_row(tensor: torch.Tensor, bad: Callable[[torch.Tensor], torch.Tensor]) -> int | None:
+    """The first row of a tensor (N, …) in which a value is bad."""
+    rows = max(1, _BLOCK // tensor.shape[1:].numel())
+    for number, block in enumerate(tensor.split(rows)):
+        found = bad(block)[..., None].flatten(1).any(1)
+        if found.any():
+            return number * rows + int(found.long().argmax())
+    return None

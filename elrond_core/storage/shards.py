@@ -77,7 +77,9 @@ class Shards:
                 self._write(first, whole)
                 self._joined.update(range(first, first + _JOINED))
                 for i in range(first, first + _JOINED):
-                    self._path(i, 1).unlink(missing_ok=True)
+                    # Windows refuses while another process reads it. What stays is read twice and does no harm.
+                    with contextlib.suppress(OSError):
+                        self._path(i, 1).unlink(missing_ok=True)
         except OSError as error:
             why = reason(error)
             if why not in self._complaints:
@@ -126,8 +128,11 @@ class Shards:
             if metadata.get("fingerprint") != self._fingerprint:
                 raise DamagedError("It is of another collection.")
             batches = _split(tensors)
-        except ElrondError:
+        except DamagedError:
             self._warn(f"{path.name} in {self._folder} is damaged: what it held is done again.")
+            return
+        except ElrondError as error:
+            self._warn(f"{error} It is in {self._folder}, and what it held is done again.")
             return
         self._batches |= batches
         if len(batches) > 1:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import stat
 import struct
 import time
 from dataclasses import replace
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from elrond_core import __version__
 from elrond_core.directions import Directions
@@ -442,6 +445,36 @@ def test_damaged_files(content: bytes, sentence: str, tmp_path: Path) -> None:
         files.load_directions(path)
 
 
+class Largest(TorchDispatchMode):
+    """Notes the most bytes that one operation allocates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {each.untyped_storage().data_ptr() for each in tree_leaves(args) if isinstance(each, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for each in tree_leaves(result):
+            if isinstance(each, torch.Tensor) and each.untyped_storage().data_ptr() not in known:
+                self.size = max(self.size, each.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("kind", ["directions", "gradients"])
+def test_values_are_checked_without_a_copy_of_all(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = torch.nn.functional.normalize(torch.randn(50, 8), dim=1)[:, None]
+    monkeypatch.setattr(files, "_BLOCK", 64)
+    with Largest() as largest:
+        files._check_values("x", kind, {"vectors": vectors})
+    assert 0 < largest.size <= 64 * 4
+    for row in (0, 7, 8, 49):
+        bad = vectors.clone()
+        bad[row, 0, 3] = torch.nan
+        with pytest.raises(ElrondError, match=f"^x: row {row} of vectors is not finite"):
+            files._check_values("x", kind, {"vectors": bad})
+
+
 def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "d"
     files.save_directions(directions(), path)
@@ -632,6 +665,25 @@ def test_a_writer_that_does_not_let_go_is_named(tmp_path: Path, monkeypatch: pyt
     ):
         files.save_directions(directions(), tmp_path / "d")
     files.save_directions(directions(), tmp_path / "d")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows does not flush folders")
+@pytest.mark.parametrize("step", ["open", "fsync"])
+def test_a_folder_that_cannot_be_flushed_stops_no_save(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Network shares answer EINVAL; a folder that may be written and not listed cannot be opened."""
+    original = getattr(os, step)
+
+    def refuse(what: Any, *rest: Any, **options: Any) -> Any:
+        if what == tmp_path or (isinstance(what, int) and stat.S_ISDIR(os.fstat(what).st_mode)):
+            raise OSError(errno.EINVAL if step == "fsync" else errno.EACCES, "refused")
+        return original(what, *rest, **options)
+
+    monkeypatch.setattr(os, step, refuse)
+    for name in ("d", "d-2"):
+        assert files.save_directions(directions(), tmp_path / "d", overwrite=False).name == name
+    same(directions(), files.load_directions(tmp_path / "d-2"))
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])

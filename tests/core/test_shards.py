@@ -195,6 +195,38 @@ def test_each_cause_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "may not be written to" in said[0] and "the disk is full" in said[1]
 
 
+def test_files_that_cannot_be_removed_once_they_are_joined_do_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows refuses to remove a file that another process reads."""
+    unlink = Path.unlink
+
+    def busy(path: Path, missing_ok: bool = False) -> None:
+        if path.name.endswith("-1.safetensors"):
+            raise PermissionError(errno.EACCES, "Access is denied")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", busy)
+    kept = Shards(tmp_path, "ab", pytest.fail)
+    for number in range(65):
+        kept.put(number, {"vectors": torch.full((2,), float(number))})
+    assert len(files(tmp_path)) == 66
+    again = Shards(tmp_path, "ab", pytest.fail)
+    assert all(torch.equal(again.get(number)["vectors"], kept.get(number)["vectors"]) for number in range(65))
+
+
+def test_a_shard_that_cannot_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Shards(tmp_path, "ab", pytest.fail).put(0, {"vectors": torch.ones(2)})
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "open", refuse)
+    said: list[str] = []
+    assert not len(Shards(tmp_path, "ab", said.append))
+    assert len(said) == 1 and "could not be read: Input/output error" in said[0] and "damaged" not in said[0]
+
+
 @pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
 def test_a_damaged_shard_is_collected_again(

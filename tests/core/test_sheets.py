@@ -41,6 +41,14 @@ def test_a_strip_is_written(tmp_path) -> None:
         save_strip(torch.rand(1, 8, 8, 3), tmp_path / "file" / "strip.png")
 
 
+def test_what_killed_writers_left_goes(tmp_path) -> None:
+    dead = tmp_path / f".strip.png.{'a' * 32}.tmp"
+    dead.touch()
+    os.utime(dead, (1e9, 1e9))
+    save_strip(torch.zeros(1, 16, 16, 3), tmp_path / "strip.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["strip.png"]
+
+
 def test_a_strip_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch) -> None:
     path = tmp_path / "strip.png"
     save_strip(torch.zeros(3, 16, 16, 3), path, cell=32)

@@ -206,6 +206,16 @@ def test_no_request_is_a_fault_of_the_server(folder: Path) -> None:
     assert status == again == 200 and answer["directions"][0]["star"] is True
 
 
+def test_a_thumbnail_that_may_not_be_read_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, **_: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(Path, "is_file", refuse)
+    ((status, answer),) = answers(("GET", f"/elrond/thumbnail?digest={'a' * 24}", {}))
+    assert status == 404 and "no such thumbnail" in answer["error"]
+
+
 @pytest.mark.parametrize("damage", ["flipped", "cut", "pipe"])
 def test_a_damaged_file_is_a_sentence_in_the_panel(folder: Path, damage: str) -> None:
     path = folder / "mine.safetensors"

@@ -86,6 +86,13 @@ class Subject:
     checked: bool = True
 
 
+def ordered(content: bytes) -> bytes:
+    """The same file with the keys of its header in order; the library writes metadata in another order each time."""
+    length = 8 + int.from_bytes(content[:8], "little")
+    text = json.dumps(json.loads(content[8:length]), sort_keys=True).encode()
+    return struct.pack("<Q", len(text)) + text + content[length:]
+
+
 def subjects(folder: Path) -> list[Subject]:
     """Every golden file, two shards, the checkpoint of a training, and an autoencoder."""
     found = []
@@ -96,14 +103,14 @@ def subjects(folder: Path) -> list[Subject]:
     for number in range(65):
         kept.put(number, {"vectors": torch.randn(2, 1, 3, generator=torch.Generator().manual_seed(number))})
     for path in sorted((folder / "made" / "ab").glob("*.safetensors")):
-        found.append(Subject(f"shard {path.stem}", path.read_bytes(), f"ab/{path.name}", load_shard))
+        found.append(Subject(f"shard {path.stem}", ordered(path.read_bytes()), f"ab/{path.name}", load_shard))
     path = folder / "training.safetensors"
     stop_training(path, 3)
-    found.append(Subject("checkpoint", path.read_bytes(), "training.safetensors", tensor_files.read))
+    found.append(Subject("checkpoint", ordered(path.read_bytes()), "training.safetensors", tensor_files.read))
     trained = stop_training(None, 0)
     assert trained is not None
     trained.model.save(path)
-    found.append(Subject("autoencoder", path.read_bytes(), "sae.safetensors", load_autoencoder))
+    found.append(Subject("autoencoder", ordered(path.read_bytes()), "sae.safetensors", load_autoencoder))
     return found
 
 

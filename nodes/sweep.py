@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -163,7 +164,7 @@ class DirectionSweep(io.ComfyNode):
                 update(len(images))
             if thumbnails:
                 ends = [images[first], images[(first + len(images) - 1) // 2], images[-1]]
-                save_strip(torch.stack(ends), host.output_folder() / "thumbnails" / f"{directions.digest(index)}.png")
+                _save_thumbnail(torch.stack(ends), directions.digest(index))
         pictures = torch.stack(images)
         rows = [
             f"{i} {directions.names[i]}".rstrip() + f"\n{directions.score_name} {float(directions.scores[i]):.3g}"
@@ -177,6 +178,14 @@ class DirectionSweep(io.ComfyNode):
             cell,
         )
         return io.NodeOutput(image(sheet), pictures)
+
+
+def _save_thumbnail(images: torch.Tensor, digest: str) -> None:
+    """Save a thumbnail for the panel; a disk that refuses it must not end the sweep, so it is reported in the log."""
+    try:
+        save_strip(images, host.output_folder() / "thumbnails" / f"{digest}.png")
+    except ElrondError as error:
+        logging.warning(f"ELROND: the panel will lack a thumbnail: {error}")
 
 
 def _check_range(lowest: float, highest: float) -> None:

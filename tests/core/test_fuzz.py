@@ -38,6 +38,12 @@ def test_damage_is_refused_or_harmless() -> None:
     assert figures["slowest_seconds"] < 2 and figures["memory_mb"] < 500
 
 
+def test_a_seed_makes_the_same_attack_again(tmp_path: Path) -> None:
+    one, two = (reliability.subjects(tmp_path / name) for name in "ab")
+    for number in range(100):
+        assert reliability.mutated(one, 1, number)[1:] == reliability.mutated(two, 1, number)[1:]
+
+
 def test_the_fuzzer_finds_what_a_checksum_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     class Agrees(str):
         def __ne__(self, other: object) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,6 +82,21 @@ def test_a_sweep_starts_every_image_from_the_same_noise(
         assert strip.size == (192, 64)
         first = np.asarray(strip)[:, :64].astype(np.float32) / 255
     assert np.abs(first - images[0].numpy()).max() < 0.01
+
+
+def test_a_thumbnail_that_cannot_be_written_does_not_end_the_sweep(
+    nodes: dict[str, Any],
+    teacher: SimpleNamespace,
+    shipped: Directions,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert len(sweep(nodes, teacher, shipped, which="1", thumbnails=True)[1]) == 3
+    assert "lack a thumbnail" in caplog.text and "the disk is full" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@
     python -m bench.families --small                         the same steps with small networks, on the processor
 
 Of each family, with weights stored in bfloat16 and in float8: seconds a gradient and peak memory with all of the card
-free and with less, activations kept or computed twice, and the share of the card's matrix rate. Results are written to
+free and with less, activations kept or computed again, and the share of the card's matrix rate. Results are written to
 bench/results/families.json after each family and storage; what is there already is not measured again. Those of --small
 go to a temporary file.
 """
@@ -26,6 +26,8 @@ from typing import Any
 from demo import host as demo_host
 
 # isort: split
+import comfy.ldm.chroma.model
+import comfy.ldm.flux.model
 import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models
@@ -46,6 +48,8 @@ STORED = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 SIZES = (1024, 512)
 # GiB that are free. The first is the whole card; the others come in the order in which people have such cards.
 CARDS = (80, 24, 12, 16, 8)
+# What of the activations is kept, as docs/memory.md has it.
+WAYS = ("all kept", "without what is cheap", "computed twice")
 # Targets that share a forward pass.
 TARGETS = (1, 4)
 # Seconds for one family and storage, after which what is left is not measured.
@@ -99,6 +103,11 @@ def _sd3(depth: int, side: int, attending: list[int]) -> dict[str, Any]:
     }
 
 
+def _known(params: type, **fields: Any) -> dict[str, Any]:
+    """Those fields that this host's configuration of a network has."""
+    return {name: value for name, value in fields.items() if name in params.__dataclass_fields__}
+
+
 _FLUX: dict[str, Any] = {
     "image_model": "flux",
     "in_channels": 16,
@@ -115,6 +124,7 @@ _FLUX: dict[str, Any] = {
     "patch_size": 2,
     "qkv_bias": True,
     "guidance_embed": False,
+    **_known(comfy.ldm.flux.model.FluxParams, txt_ids_dims=[]),
 }
 _FEW = {"depth": 1, "depth_single_blocks": 1, "hidden_size": 128, "num_heads": 1}
 _SMALL_SD3 = {**_sd3(2, 192, []), "adm_in_channels": 2048}
@@ -168,6 +178,7 @@ FAMILIES = {
             "ops_bias": False,
             "global_modulation": True,
             "mlp_silu_act": True,
+            **_known(comfy.ldm.flux.model.FluxParams, txt_ids_dims=[3]),
         },
         _FEW,
         (128,),
@@ -217,7 +228,8 @@ FAMILIES = {
     "Chroma": Family(
         "Chroma",
         {
-            **{key: value for key, value in _FLUX.items() if key not in ("vec_in_dim", "guidance_embed")},
+            **{k: v for k, v in _FLUX.items() if k not in ("vec_in_dim", "guidance_embed", "txt_ids_dims")},
+            **_known(comfy.ldm.chroma.model.ChromaParams, vec_in_dim=None, txt_ids_dims=[]),
             "image_model": "chroma",
             "in_channels": 64,
             "out_channels": 64,
@@ -280,10 +292,10 @@ def only_free(gib: int, small: bool) -> Iterator[int]:
     """For the time being, so much of the card is free, what loaded models take included; yields what is taken of it."""
     manager = comfy.model_management
     if not ON_GPU:
-        # For small networks that is a quarter of so many MiB, and nothing but a figure that the host is told.
+        # For small networks that is twice so many MiB, and nothing but a figure that the host is told.
         before = manager.get_free_memory
         manager.get_free_memory = lambda *_, torch_free_too=False, **__: (
-            (gib << 18,) * 2 if torch_free_too else gib << 18
+            (gib << 21,) * 2 if torch_free_too else gib << 21
         )
         try:
             yield 0
@@ -302,13 +314,13 @@ def only_free(gib: int, small: bool) -> Iterator[int]:
         manager.soft_empty_cache()
 
 
-def costs(model: Any, family: Family, size: int, twice: bool, count: bool) -> dict[str, Any]:
-    """Of one visit: seconds a gradient by targets, whether activations were computed twice, operations if asked for."""
+def costs(model: Any, family: Family, size: int, way: str, count: bool) -> dict[str, Any]:
+    """Of one visit: seconds a gradient by targets, the way it went (or one that needs less), operations if asked for."""
     shape = (*family.latent, size // family.cell, size // family.cell)
     sigma, noise = host.sigma_of(model, 1.0), normal(shape, 0, "noise", [0])
 
     def work(denoiser: Any, latents: torch.Tensor) -> dict[str, Any]:
-        denoiser.recomputes = twice
+        denoiser.saved.sparing, denoiser.recomputes = way != WAYS[0], way == WAYS[2]
         differentiate = Differentiator(denoiser)
         found: dict[str, Any] = {}
         # Memory is handed out for the first time, and kernels are chosen.
@@ -321,7 +333,7 @@ def costs(model: Any, family: Family, size: int, twice: bool, count: bool) -> di
             started = clock()
             differentiate(latents[:1], latents[1 : 1 + targets, None], noise, sigma)
             found[f"seconds, {targets} targets"] = round((clock() - started) / targets, 4)
-        return {**found, "computed_twice": denoiser.recomputes}
+        return {**found, "way": WAYS[denoiser.saved.sparing + denoiser.recomputes]}
 
     latents = normal(shape, 0, "latents", list(range(1 + max(TARGETS))))
     return host.with_denoiser(model, prompt(family), None, 1.0, latents, 0, work)
@@ -331,17 +343,19 @@ def measured(model: Any, family: Family, weights: float, small: bool, deadline: 
     """All points of one family and storage, by name; what there was no time for is absent."""
     points: dict[str, Any] = {}
     # Free memory first, so that weights leave the card once only.
-    order = [(CARDS[0], size, twice) for size in SIZES for twice in (False, True)]
-    order += [(gib, size, False) for gib in CARDS[1:] for size in SIZES]
-    for gib, size, twice in order:
-        name = f"{gib} GiB, {size}²" + (", computed twice" if twice else "")
+    order = [(CARDS[0], size, way) for size in SIZES for way in WAYS]
+    order += [(gib, size, WAYS[0]) for gib in CARDS[1:] for size in SIZES]
+    for gib, size, way in order:
+        name = f"{gib} GiB, {size}²" + (f", {way}" if gib == CARDS[0] else "")
         if time.monotonic() > deadline or (not small and weights > EXCESS * gib):
             continue
         with only_free(gib, small) as taken:
             if ON_GPU:
                 torch.cuda.reset_peak_memory_stats()
             try:
-                point = costs(model, family, 8 * family.cell if small else size, twice, gib == CARDS[0] and not twice)
+                point = costs(
+                    model, family, 8 * family.cell if small else size, way, gib == CARDS[0] and way == WAYS[0]
+                )
             except (ElrondError, torch.cuda.OutOfMemoryError) as error:
                 points[name] = {"error": str(error).splitlines()[0]}
                 continue
@@ -361,7 +375,8 @@ def one(name: str, storage: str, small: bool, rate: float, deadline: float) -> d
     print(f"{name}, {storage}: {count:,} parameters, {weights:.2f} GiB, {time.monotonic() - started:.1f} s", flush=True)
     points = measured(model, family, weights, small, min(started + LIMIT, deadline))
     for point in points.values():
-        if "operations" in point:
+        # Elsewhere some of them are counted twice.
+        if "operations" in point and point["way"] == WAYS[0]:
             share = point["operations"] / point[f"seconds, {TARGETS[0]} targets"] / rate
             point["share_of_matrix_rate"] = round(share, 3)
     # Every point is a collection; more than three have passed.

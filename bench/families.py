@@ -315,7 +315,7 @@ def only_free(gib: int, small: bool) -> Iterator[int]:
 
 
 def costs(model: Any, family: Family, size: int, way: str, count: bool) -> dict[str, Any]:
-    """Of one visit: seconds a gradient by targets, the way it went (or one that needs less), operations if asked for."""
+    """Of one visit: seconds a gradient by targets, the way it went (or one that needs less), operations if asked."""
     shape = (*family.latent, size // family.cell, size // family.cell)
     sigma, noise = host.sigma_of(model, 1.0), normal(shape, 0, "noise", [0])
 

@@ -320,7 +320,7 @@ def costs(model: Any, family: Family, size: int, way: str, count: bool) -> dict[
     sigma, noise = host.sigma_of(model, 1.0), normal(shape, 0, "noise", [0])
 
     def work(denoiser: Any, latents: torch.Tensor) -> dict[str, Any]:
-        denoiser.saved.sparing, denoiser.recomputes = way != WAYS[0], way == WAYS[2]
+        denoiser.saved.sparing, denoiser.checkpointed = way != WAYS[0], way == WAYS[2]
         differentiate = Differentiator(denoiser)
         found: dict[str, Any] = {}
         # Memory is handed out for the first time, and kernels are chosen.
@@ -333,7 +333,7 @@ def costs(model: Any, family: Family, size: int, way: str, count: bool) -> dict[
             started = clock()
             differentiate(latents[:1], latents[1 : 1 + targets, None], noise, sigma)
             found[f"seconds, {targets} targets"] = round((clock() - started) / targets, 4)
-        return {**found, "way": WAYS[denoiser.saved.sparing + denoiser.recomputes]}
+        return {**found, "way": WAYS[denoiser.saved.sparing + denoiser.checkpointed]}
 
     latents = normal(shape, 0, "latents", list(range(1 + max(TARGETS))))
     return host.with_denoiser(model, prompt(family), None, 1.0, latents, 0, work)

@@ -26,7 +26,7 @@ class Denoiser(Protocol):
     def denoised(self, noisy: torch.Tensor, sigma: float, rows: torch.Tensor) -> torch.Tensor:
         """Equation 2: the clean estimate (B, …), differentiable in `rows` (B, R, d), sample by sample."""
 
-    def spare(self) -> bool:
+    def reduce_memory(self) -> bool:
         """Need less memory from now on, at the cost of time; False if there is no way left to."""
 
 
@@ -38,7 +38,7 @@ def gradient(
     sigma: float,
     probe: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of a batch of pairs, and the response to white noise if asked for, from one forward pass.
+    """Gradients of a batch of pairs, and Jacobian probes if asked for, from one forward pass.
 
     Args:
         denoiser: the model.
@@ -63,38 +63,39 @@ def gradient(
         raise ElrondError("The model's output does not depend on the concept's rows in a differentiable way.")
     # Summed over the batch, averaged within a sample: gradient length must not depend on the batch size.
     scale = 2.0 / estimate[0].numel()
-    several = target.ndim > source.ndim
-    # The Jacobian is the same for all: what differs is the vector that is back-propagated.
-    probed = probe is not None and probe.ndim > source.ndim
-    targets = target if several else target[None]
-    probes: Sequence[torch.Tensor] = [] if probe is None else list(probe) if probed else [probe]
+    many_targets = target.ndim > source.ndim
+    many_probes = probe is not None and probe.ndim > source.ndim
+    targets = target if many_targets else target[None]
+    probes: Sequence[torch.Tensor] = [] if probe is None else list(probe) if many_probes else [probe]
     left = len(targets) + len(probes)
 
-    def back(cotangent: torch.Tensor) -> torch.Tensor:
+    # All share one Jacobian; only the vector that is back-propagated differs.
+    def back_propagate(cotangent: torch.Tensor) -> torch.Tensor:
         nonlocal left
         left -= 1
         (vectors,) = torch.autograd.grad(estimate, rows, scale * cotangent, retain_graph=left > 0)
         return vectors.float().cpu()
 
-    found = torch.stack([back(estimate.detach() - one.to(estimate)) for one in targets])
-    heard = torch.stack([back(one.to(estimate)) for one in probes]) if probe is not None else None
-    gradients = found if several else found[0]
-    response = heard if probed or heard is None else heard[0]
+    gradients = torch.stack([back_propagate(estimate.detach() - one.to(estimate)) for one in targets])
     if not torch.isfinite(gradients).all():
         raise ElrondError(
             "The model returned gradients that are not finite; load it in bfloat16 or float32 rather than float16."
         )
-    return gradients, response
+    gradients = gradients if many_targets else gradients[0]
+    if not probes:
+        return gradients, None
+    probed = torch.stack([back_propagate(one.to(estimate)) for one in probes])
+    return gradients, probed if many_probes else probed[0]
 
 
 class Differentiator:
     """`gradient` of one denoiser, for batches of any size: one that does not fit into memory is halved.
 
     Later batches are run in parts of the size that did fit. When a single sample does not, the denoiser is asked to
-    spare memory.
+    reduce its memory.
 
     Raises:
-        ElrondError: if a single sample does not fit, however much is spared.
+        ElrondError: if a single sample does not fit, however far memory is reduced.
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
@@ -110,12 +111,12 @@ class Differentiator:
         probe: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `gradient`."""
-        found: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        results: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         start, size = 0, self._limit or len(source)
         while start < len(source):
             part = slice(start, start + size)
             try:
-                found.append(
+                results.append(
                     gradient(
                         self._denoiser,
                         source[part],
@@ -133,13 +134,13 @@ class Differentiator:
             # Only here has the failed attempt, which the error refers to, let go of its tensors.
             if size > 1:
                 size = self._limit = min(size, len(source) - start) // 2 or 1
-            elif not self._denoiser.spare():
+            elif not self._denoiser.reduce_memory():
                 raise ElrondError(
                     "There is too little memory for a single gradient of images this large: sample smaller "
                     "realizations, or close other programs that use the same device."
                 )
-        vectors, responses = zip(*found, strict=True)
-        joined = None if probe is None else torch.cat(responses, dim=probe.ndim - source.ndim)
+        vectors, probes = zip(*results, strict=True)
+        joined = None if probe is None else torch.cat(probes, dim=probe.ndim - source.ndim)
         return torch.cat(vectors, dim=target.ndim - source.ndim), joined
 
 

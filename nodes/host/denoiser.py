@@ -67,7 +67,7 @@ class HostDenoiser:
         self.saved = SavedTensors()
         self.checkpointing = Checkpointing(blocks_of(guider.inner_model.diffusion_model), self.saved)
         # Whether activations are computed again instead of kept.
-        self.recomputes = False
+        self.checkpointed = False
         # The largest batch that there is room for.
         self._planned = 0
         self.footprint: Footprint | None = None
@@ -109,11 +109,11 @@ class HostDenoiser:
         # The host adds the latents in place.
         return sampling.noise_scaling(level, noise.to(device, copy=True), latents.to(device), False)
 
-    def spare(self) -> bool:
+    def reduce_memory(self) -> bool:
         """Compute again instead of keeping: first what is cheap, then all activations; False if they are already."""
-        if self.recomputes:
+        if self.checkpointed:
             return False
-        self.recomputes = self.saved.sparing
+        self.checkpointed = self.saved.sparing
         self.saved.sparing = True
         return True
 
@@ -134,7 +134,7 @@ class HostDenoiser:
         if not (torch.is_grad_enabled() and rows.requires_grad):
             return self._compared(noisy, sigma, rows)
         self.make_room(noisy, sigma, rows)
-        with self.checkpointing.active() if self.recomputes else contextlib.nullcontext(), self.saved.recording():
+        with self.checkpointing.active() if self.checkpointed else contextlib.nullcontext(), self.saved.recording():
             estimate = self._denoised(noisy, sigma, rows)
             self.latest = estimate[:1].detach()
             if not estimate.requires_grad:
@@ -171,7 +171,7 @@ class HostDenoiser:
             self.saved.weights = self._weights()
         free = manager.get_free_memory(noisy.device)
         self.saved.sparing = self.saved.sparing or free < kept
-        self.recomputes = self.recomputes or free < spared
+        self.checkpointed = self.checkpointed or free < spared
 
     def _weights(self) -> list[torch.Tensor]:
         modules = (self.module, *self._beside)

@@ -32,7 +32,7 @@ class FeatureDenoiser:
         self._encoder = encoder
         self.rows_at = denoiser.rows_at
         self.noised = denoiser.noised
-        self.spare = denoiser.spare
+        self.reduce_memory = denoiser.reduce_memory
 
     def denoised(self, noisy: torch.Tensor, sigma: float, rows: torch.Tensor) -> torch.Tensor:
         """Features of the clean estimate."""

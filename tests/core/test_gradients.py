@@ -30,7 +30,7 @@ class Network:
     def rows_at(self, sigma: float) -> torch.Tensor:
         return self.rows
 
-    def spare(self) -> bool:
+    def reduce_memory(self) -> bool:
         return False
 
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -176,7 +176,7 @@ class Small(Network):
         super().__init__()
         self.limit, self.spared, self.backward = limit, spared, backward
 
-    def spare(self) -> bool:
+    def reduce_memory(self) -> bool:
         before, self.limit = self.limit, max(self.limit, self.spared)
         return self.limit > before
 

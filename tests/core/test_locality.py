@@ -21,7 +21,7 @@ class Linear:
     def rows_at(self, sigma: float) -> torch.Tensor:
         return self.rows
 
-    def spare(self) -> bool:
+    def reduce_memory(self) -> bool:
         return False
 
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:

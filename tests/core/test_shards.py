@@ -45,7 +45,7 @@ class Network:
         self.calls += 1
         return torch.tanh(torch.cat([noisy.flatten(1), rows.flatten(1)], 1) @ self.weights).reshape(noisy.shape)
 
-    def spare(self) -> bool:
+    def reduce_memory(self) -> bool:
         return False
 
 

@@ -370,19 +370,19 @@ def test_an_attention_kernel_of_the_host_does_not_lose_the_gradient(
 
 
 @pytest.mark.parametrize("family", [SD, FLUX], ids=lambda family: family.name)
-@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.skipif(
     comfy.model_management.get_torch_device().type != "cpu", reason="raw memory is only had on the processor"
 )
 def test_weights_that_are_lent_in_memory_that_is_used_again(
-    family: Family, recomputes: bool, monkeypatch: pytest.MonkeyPatch
+    family: Family, checkpointed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As hosts newer than that of the tests do where weights do not fit on the device: one buffer for all layers."""
     model = build(family, operations=comfy.ops.manual_cast)
 
     def found() -> torch.Tensor:
         def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> torch.Tensor:
-            denoiser.recomputes = recomputes
+            denoiser.checkpointed = checkpointed
             noise = random(*realizations[:1].shape, seed=5)
             return gradient(denoiser, realizations[:1], realizations[1:], noise, 1.0)[0]
 

@@ -112,7 +112,7 @@ def ways(model: Any, decoder: Any, encoder: Any) -> dict[str, tuple[type[BaseExc
         return gradient(denoiser, a, b, random(*a.shape, seed=5), sigma, random(*a.shape, seed=6))
 
     def checkpointed(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> Any:
-        denoiser.recomputes = True
+        denoiser.checkpointed = True
         return plain(denoiser, realizations)
 
     def features(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> Any:

@@ -49,13 +49,13 @@ def test_computing_again_changes_no_bit(family: Family, monkeypatch: pytest.Monk
     with torch.inference_mode():
         model = build(family)
 
-    def found(recomputes: bool, sparing: bool) -> tuple[torch.Tensor, ...]:
+    def found(checkpointed: bool, sparing: bool) -> tuple[torch.Tensor, ...]:
         def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> Any:
-            denoiser.recomputes, denoiser.saved.sparing = recomputes, sparing
+            denoiser.checkpointed, denoiser.saved.sparing = checkpointed, sparing
             a, b = realizations[:1], torch.stack([realizations[1:], -realizations[1:]])
             sigma = host.sigma_of(model, 1.0)
             out = gradient(denoiser, a, b, random(*a.shape, seed=5), sigma, random(*a.shape, seed=6))
-            assert (denoiser.recomputes, denoiser.saved.sparing) == (recomputes, sparing)
+            assert (denoiser.checkpointed, denoiser.saved.sparing) == (checkpointed, sparing)
             needs = denoiser.footprint
             assert 0 < needs.checkpointed < needs.plain and 0 < needs.spared < needs.plain
             return out
@@ -81,7 +81,7 @@ def test_nothing_stays_patched_when_a_block_fails_or_the_user_cancels(family: Fa
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> None:
-        denoiser.recomputes = True
+        denoiser.checkpointed = True
         a, b = realizations[:1], realizations[1:]
         gradient(denoiser, a, b, a, 1.0)
         hook = blocks[place].register_forward_hook(interrupt)
@@ -101,11 +101,11 @@ def test_room_is_made_by_need() -> None:
     def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> list[bool]:
         noisy, rows = realizations[:1].to(denoiser.device), rows_of(denoiser)
         denoiser.make_room(noisy, 1.0, rows)
-        found = [denoiser.recomputes]
+        found = [denoiser.checkpointed]
         # The same sample again and again takes no memory, but a backward pass through so many would.
         many = 2 * comfy.model_management.get_free_memory(noisy.device) // denoiser.footprint.plain
         denoiser.make_room(noisy.expand(many, -1, -1, -1), 1.0, rows)
-        return [*found, denoiser.recomputes]
+        return [*found, denoiser.checkpointed]
 
     assert with_denoiser(SD, model, work) == [False, True]
 
@@ -133,7 +133,7 @@ def test_the_host_is_told_how_much_room_is_needed(monkeypatch: pytest.MonkeyPatc
             denoiser.make_room(realizations, 1.0, rows)
             # What there was room for needs no more.
             denoiser.make_room(realizations[:1], 1.0, rows[:1])
-        assert denoiser.recomputes
+        assert denoiser.checkpointed
         passing = model.model.memory_required(list(realizations.shape))
         return passing, denoiser.footprint.plain, denoiser.footprint.checkpointed
 

@@ -286,13 +286,13 @@ def test_hooks_have_the_strength_that_they_have_at_that_level(guarantee: int) ->
     assert torch.equal(gradient_of(SD, model), gradient_of(SD, build(SD)))
 
 
-@pytest.mark.parametrize("recomputes", [False, True])
-def test_hooks_of_the_positive_only(recomputes: bool) -> None:
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_hooks_of_the_positive_only(checkpointed: bool) -> None:
     """The weights change between the positive's pass and the negative's; the backward pass needs those of each."""
     model, positive = build(SD), hooked({0.0: 1.0})
 
     def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> torch.Tensor:
-        denoiser.recomputes = recomputes
+        denoiser.checkpointed = checkpointed
         sigma, noise = host.sigma_of(model, 1.0), random(*realizations[:1].shape, seed=5)
         return gradient(denoiser, realizations[:1], realizations[1:], noise, sigma)[0][0]
 

@@ -119,15 +119,15 @@ def packed(family: Family) -> tuple[Any, Any]:
     return comfy.model_patcher.ModelPatcher(made, plain.load_device, plain.offload_device), plain
 
 
-@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
 # The last three write into their hidden states.
 @pytest.mark.parametrize("name", ["SD 1.x", "Qwen-Image", "Flux dev", "Chroma", "HunyuanImage 2.1"])
-def test_packed_weights_count_as_what_they_unpack_to(name: str, recomputes: bool) -> None:
+def test_packed_weights_count_as_what_they_unpack_to(name: str, checkpointed: bool) -> None:
     family = NAMED[name]
     model, plain = packed(family)
 
     def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> torch.Tensor:
-        denoiser.recomputes = recomputes
+        denoiser.checkpointed = checkpointed
         noise = random(*realizations[:1].shape, seed=5)
         vectors = gradient(denoiser, realizations[:1], realizations[1:], noise, host.sigma_of(model, 1.0))[0]
         assert type(vectors) is torch.Tensor and type(denoiser.latest) is torch.Tensor

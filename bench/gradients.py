@@ -172,25 +172,26 @@ def memory() -> None:
     print("   side  activations  peak GiB  estimate GiB  seconds")
     for side in (*FITTED, WANTED):
         # On the processor, what is not checkpointed is fitted only.
-        for recomputes in (False, True) if side != WANTED or ON_GPU else (True,):
+        for checkpointed in (False, True) if side != WANTED or ON_GPU else (True,):
 
-            def work(denoiser: host.HostDenoiser, latents: torch.Tensor, recomputes: bool = recomputes) -> Any:
+            def work(denoiser: host.HostDenoiser, latents: torch.Tensor, checkpointed: bool = checkpointed) -> Any:
                 noise = normal(tuple(latents.shape[1:]), 0, "noise", [0])
                 rows = denoiser.rows[None].clone().requires_grad_(True)
                 denoiser.make_room(denoiser.noised(latents[:1], noise, sigma), sigma, rows)
-                denoiser.recomputes = recomputes
+                denoiser.checkpointed = checkpointed
                 started = clock()
                 highest = peak(lambda: gradient(denoiser, latents[:1], latents[1:], noise, sigma))
                 took = clock() - started
-                assert denoiser.recomputes is recomputes
+                assert denoiser.checkpointed is checkpointed
                 return highest, (denoiser.footprint.plain, denoiser.footprint.checkpointed), took
 
             latents = normal((4, side, side), 0, "latents", [0, 1])
             highest, needs, took = host.with_denoiser(model, prompt(side), None, 1.0, latents, 0, work)
-            found[recomputes][side] = highest / 2**30
-            kind = "recomputed" if recomputes else "kept"
+            found[checkpointed][side] = highest / 2**30
+            kind = "recomputed" if checkpointed else "kept"
             print(
-                f"{side:7} {kind:>12} {highest / 2**30:9.3f} {needs[recomputes] / 2**30:13.3f} {took:8.1f}", flush=True
+                f"{side:7} {kind:>12} {highest / 2**30:9.3f} {needs[checkpointed] / 2**30:13.3f} {took:8.1f}",
+                flush=True,
             )
     if ON_GPU:
         keep(
@@ -199,13 +200,13 @@ def memory() -> None:
         )
         return
     fitted = {}
-    for recomputes, peaks in found.items():
+    for checkpointed, peaks in found.items():
         coefficients = np.polyfit([side**2 for side in FITTED], [peaks[side] for side in FITTED], 2)
-        fitted[recomputes] = float(np.polyval(coefficients, WANTED**2))
+        fitted[checkpointed] = float(np.polyval(coefficients, WANTED**2))
         c, b, a = coefficients
-        kind = "recomputed" if recomputes else "kept"
+        kind = "recomputed" if checkpointed else "kept"
         print(
-            f"{kind}: {a:.3g} + {b:.3g} n + {c:.3g} n² GiB, n latent cells; at {WANTED}²: {fitted[recomputes]:.2f} GiB"
+            f"{kind}: {a:.3g} + {b:.3g} n + {c:.3g} n² GiB, n latent cells; at {WANTED}²: {fitted[checkpointed]:.2f} GiB"
         )
     keep(
         sdxl_activation_gib_1024=round(found[True][WANTED], 3),
@@ -366,7 +367,7 @@ def cards() -> None:
                 denoiser: host.HostDenoiser, latents: torch.Tensor, batch: int = batch, seen: list[bool] = seen
             ) -> torch.Tensor:
                 found = collect(denoiser, latents, Provenance("SDXL"), CollectionPlan(max(BATCHES), (sigma,), 0, batch))
-                seen.append(denoiser.recomputes)
+                seen.append(denoiser.checkpointed)
                 return found.flat
 
             started = clock()

@@ -206,7 +206,8 @@ def memory() -> None:
         c, b, a = coefficients
         kind = "recomputed" if checkpointed else "kept"
         print(
-            f"{kind}: {a:.3g} + {b:.3g} n + {c:.3g} n² GiB, n latent cells; at {WANTED}²: {fitted[checkpointed]:.2f} GiB"
+            f"{kind}: {a:.3g} + {b:.3g} n + {c:.3g} n² GiB, n latent cells; "
+            f"at {WANTED}²: {fitted[checkpointed]:.2f} GiB"
         )
     keep(
         sdxl_activation_gib_1024=round(found[True][WANTED], 3),

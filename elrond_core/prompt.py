@@ -224,7 +224,7 @@ def replacements(word: str) -> list[str]:
     return phrases + [w for w in _UNLIKE if w.encode()[0] != edges[0] and w.encode()[-1] != edges[1]]
 
 
-def changed_tokens(tokens: Sequence[Hashable], others: Iterable[Sequence[Hashable]]) -> range:
+def changed_tokens(tokens: Sequence[Hashable], replaced: Iterable[Sequence[Hashable]]) -> range:
     """The tokens of a word: those that change whichever other word is put in its place.
 
     Where the other word starts and ends with other bytes, no token that holds part of the word is among those that two
@@ -233,13 +233,13 @@ def changed_tokens(tokens: Sequence[Hashable], others: Iterable[Sequence[Hashabl
 
     Args:
         tokens: of the prompt.
-        others: of the prompt with each of `replacements` in the word's place.
+        replaced: of the prompt with each of `replacements` in the word's place.
 
     Returns:
         indices of `tokens`; empty if no token stands for the word alone or with its neighbours.
     """
     start, stop = 0, len(tokens)
-    for other in others:
+    for other in replaced:
         start = max(start, common(tokens, other))
         stop = min(stop, len(tokens) - common(tokens[::-1], other[::-1]))
     return range(start, max(start, stop))

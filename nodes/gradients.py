@@ -209,7 +209,7 @@ class CollectGradients(io.ComfyNode):
                 batch_size=batch_size,
                 probes=response,
                 targets=targets_per_realization,
-                other_rows=denoiser.others,
+                other_rows=denoiser.other_rows,
             )
 
             def collected(differentiable: Denoiser, references: Any = None) -> Gradients:

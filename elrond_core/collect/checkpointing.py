@@ -29,14 +29,14 @@ def blocks_of(module: torch.nn.Module) -> list[torch.nn.Module]:
     blocks of every stream.
     """
     listed = isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential))
-    found: dict[torch.nn.Module, None] = {}
+    blocks: dict[torch.nn.Module, None] = {}
     for part in module.children():
         whole = listed and not isinstance(part, (torch.nn.ModuleList, torch.nn.Sequential))
         if not whole or any(_repeats(child) for child in part.children()):
-            found.update(dict.fromkeys(blocks_of(part)))
+            blocks.update(dict.fromkeys(blocks_of(part)))
         elif next(part.children(), None) is not None:
-            found[part] = None
-    return list(found)
+            blocks[part] = None
+    return list(blocks)
 
 
 def _repeats(module: torch.nn.Module) -> bool:
@@ -99,9 +99,9 @@ class _Run:
         def keep(tensor: torch.Tensor) -> None:
             again.append(saved.pack(tensor))
 
-        def as_it_was(kept: Saved) -> torch.Tensor:
+        def as_it_was(saved_input: Saved) -> torch.Tensor:
             # The block may write into a copy; and what requires a gradient cannot be written to unless it is one.
-            tensor = kept.get().detach().requires_grad_(kept.requires_grad)
+            tensor = saved_input.get().detach().requires_grad_(saved_input.requires_grad)
             return tensor.clone() if saved.active else tensor
 
         cpu, devices, states = self._random
@@ -198,17 +198,17 @@ def footprint(
         saved: keeps tensors in the passes that follow; it knows the weights.
         device: where memory is short.
     """
-    own = {StorageWeakRef(weight.untyped_storage()) for weight in saved.weights}
+    weight_storages = {StorageWeakRef(weight.untyped_storage()) for weight in saved.weights}
     everything: dict[Any, int] = {}
     spared: dict[Any, int] = {}
-    kept: dict[Any, int] = {}
+    checkpointed: dict[Any, int] = {}
     inside: dict[Any, int] | None = None
     largest = 0
 
     def count(tensor: torch.Tensor, cheap: bool, content: Any) -> None:
         storage = tensor.untyped_storage()
-        if tensor.device == device and StorageWeakRef(storage) not in own:
-            for tally in [everything] if cheap else [everything, spared, kept if inside is None else inside]:
+        if tensor.device == device and StorageWeakRef(storage) not in weight_storages:
+            for tally in [everything] if cheap else [everything, spared, checkpointed if inside is None else inside]:
                 tally[content] = storage.nbytes()
 
     def around(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -220,13 +220,15 @@ def footprint(
         if inside:
             for leaf, content in contents:
                 storage = leaf.untyped_storage()
-                if leaf.device == device and StorageWeakRef(storage) not in own:
+                if leaf.device == device and StorageWeakRef(storage) not in weight_storages:
                     # The inputs are there twice when the block runs again, since it may write into them.
-                    kept[content] = inside[content] = storage.nbytes()
+                    checkpointed[content] = inside[content] = storage.nbytes()
             largest = max(largest, sum(inside.values()))
         inside = outside
         return out
 
     with torch.enable_grad(), saved.counted(count), _wrapped(blocks, around):
         forward()
-    return Footprint(sum(everything.values()), sum(spared.values()), sum(kept.values()) + largest, saved.overwritten)
+    return Footprint(
+        sum(everything.values()), sum(spared.values()), sum(checkpointed.values()) + largest, saved.overwritten
+    )

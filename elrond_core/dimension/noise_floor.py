@@ -192,11 +192,11 @@ def _fit(sample: _Sample) -> tuple[int, _Noise, bool]:
     # First the noise is read off the lower bulk, which hidden signal hardly touches.
     while True:
         noise = _match_quantiles(sample, signal)
-        found, enough = _above(sample, noise.counting_edge if signal else noise.detection_edge)
+        count, enough = _above(sample, noise.counting_edge if signal else noise.detection_edge)
         flat = flat and enough
-        if found <= signal:
+        if count <= signal:
             break
-        signal = found
+        signal = count
     if not signal:
         return signal, noise, flat
     # Then the likeliest signal is removed, and the noise is read off all that is left, which is more exact. Further

@@ -382,7 +382,7 @@ def _first_row(tensor: torch.Tensor, bad: Callable[[torch.Tensor], torch.Tensor]
     """The first row of a tensor (N, …) in which a value is bad."""
     rows = max(1, _BLOCK // tensor.shape[1:].numel())
     for number, block in enumerate(tensor.split(rows)):
-        found = bad(block)[..., None].flatten(1).any(1)
-        if found.any():
-            return number * rows + int(found.long().argmax())
+        bad_rows = bad(block)[..., None].flatten(1).any(1)
+        if bad_rows.any():
+            return number * rows + int(bad_rows.long().argmax())
     return None

@@ -63,11 +63,11 @@ def encode(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> 
     for name, tensor in tensors.items():
         if tensor.dtype not in _NAMES:
             raise ElrondError(f"A tensor {shown(name)} of type {tensor.dtype} cannot be kept in a file.")
-        own = tensor.detach().to("cpu").contiguous()
+        copy = tensor.detach().to("cpu").contiguous()
         # The library does not take tensors that share their memory.
-        memory = own.untyped_storage().data_ptr()
+        memory = copy.untyped_storage().data_ptr()
         shared = memory in {other.untyped_storage().data_ptr() for other in plain.values()}
-        plain[name] = own.clone() if shared else own
+        plain[name] = copy.clone() if shared else copy
     try:
         return save(plain, {**metadata, CHECKSUM: checksum(plain, metadata)})
     except UnicodeEncodeError as error:

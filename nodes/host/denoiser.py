@@ -85,13 +85,13 @@ class HostDenoiser:
         """Let an entry be the one that is differentiated."""
         self._entry = entry
         self._encoded: torch.Tensor = entry["cross_attn"]
-        own = entry[MARK].concepts[0].rows
-        others = tuple(row for row in entry[MARK].words if row not in own) if self._words else ()
+        concept_rows = entry[MARK].concepts[0].rows
+        other_rows = tuple(row for row in entry[MARK].words if row not in concept_rows) if self._words else ()
         # Where in the conditioning the rows are.
-        self.order = own + others
+        self.order = concept_rows + other_rows
         self._index = torch.tensor(self.order)
         # How many of the last rows are not the concept's.
-        self.others = len(others)
+        self.other_rows = len(other_rows)
         self.rows: torch.Tensor = self._encoded[0, self._index].float().cpu().clone()
 
     def rows_at(self, sigma: float) -> torch.Tensor:

@@ -50,9 +50,9 @@ class FeatureDenoiser:
         images = images[:, :, 0] if images.ndim == 5 else images
         pixels = _preprocessed(images[:, :3], encoder.image_size, encoder.image_mean, encoder.image_std)
         layers: Any = "all" if getattr(encoder, "return_all_hidden_states", False) else -2
-        found = encoder.model(pixel_values=pixels, intermediate_output=layers)[2].flatten(1).float()
-        found = torch.nn.functional.normalize(found).to(latents.device)
-        return found.reshape(len(found), -1, *[1] * (latents.ndim - 2))
+        embedding = encoder.model(pixel_values=pixels, intermediate_output=layers)[2].flatten(1).float()
+        embedding = torch.nn.functional.normalize(embedding).to(latents.device)
+        return embedding.reshape(len(embedding), -1, *[1] * (latents.ndim - 2))
 
 
 def _preprocessed(images: torch.Tensor, size: int, mean: list[float], std: list[float]) -> torch.Tensor:
@@ -80,9 +80,9 @@ def through_features(
     with frozen(vae.first_stage_model), frozen(encoder.model):
         seen = FeatureDenoiser(denoiser, vae, encoder)
         features = []
-        for some in latents.split(batch_size):
+        for batch in latents.split(batch_size):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            features.append(seen.features(some.to(denoiser.device)).cpu())
+            features.append(seen.features(batch.to(denoiser.device)).cpu())
         with denoiser.through(seen.features, vae.first_stage_model, encoder.model):
             yield seen, torch.cat(features)
 
@@ -90,10 +90,10 @@ def through_features(
 def image_features(encoder: Any, images: torch.Tensor, batch_size: int = 32) -> torch.Tensor:
     """Float32 (N, F) features of images (N, H, W, 3) by a CLIP_VISION: CLIP, SigLIP (their mean) or DINOv2."""
     update = progress(len(images))
-    found = []
+    batches = []
     for first in range(0, len(images), batch_size):
         features = encoder.encode_image(images[first : first + batch_size])["image_embeds"].float().cpu()
         # SigLIP gives a row a patch.
-        found.append(features.mean(1) if features.ndim == 3 else features)
+        batches.append(features.mean(1) if features.ndim == 3 else features)
         update(min(first + batch_size, len(images)))
-    return torch.cat(found)
+    return torch.cat(batches)

@@ -92,7 +92,7 @@ def _lasting(cast: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) ->
     """
     weight, bias, *rest = cast(layer, *args, **kwargs)
 
-    def kept(lent: Any, stored: Any) -> Any:
+    def lasting_copy(lent: Any, stored: Any) -> Any:
         if lent is not None and has_own_class(lent):
             lent = lent.as_subclass(torch.Tensor)
         plain = type(lent) in (torch.Tensor, torch.nn.Parameter)
@@ -101,7 +101,7 @@ def _lasting(cast: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) ->
     if _multiplies_in_few_bits(layer, weight):
         weight = weight.dequantize()
     if torch.is_grad_enabled():
-        weight, bias = kept(weight, layer.weight), kept(bias, layer.bias)
+        weight, bias = lasting_copy(weight, layer.weight), lasting_copy(bias, layer.bias)
     return weight, bias, *rest
 
 

@@ -206,20 +206,20 @@ class RowFinder:
                 # A word's second place in one group of rows is that of its second place in another.
                 number = counts.setdefault(group, Counter())[word]
                 counts[group][word] += 1
-                found: set[int] = set()
+                word_rows: set[int] = set()
                 readers = [match for match in matches if match.text.prompt in span_of]
                 for match in readers:
                     changed = self._encode(match.text.prompt).rows_of(span_of[match.text.prompt])
-                    found.update(row + match.shift for row in changed[match.block.name])
+                    word_rows.update(row + match.shift for row in changed[match.block.name])
                 text = readers[0].text.prompt
                 word_there = span_of[text].of(text)
-                if not found:
+                if not word_rows:
                     raise unread([match.block.name for match in readers], word_there)
-                rows.setdefault((word, number), []).extend(sorted(found))
+                rows.setdefault((word, number), []).extend(sorted(word_rows))
                 spelling.setdefault((word, number), word_there)
         concepts = tuple(
-            Concept(spelling[key], tuple(found), tuple(tokens.get(row, "") for row in found))
-            for key, found in rows.items()
+            Concept(spelling[key], tuple(word_rows), tuple(tokens.get(row, "") for row in word_rows))
+            for key, word_rows in rows.items()
         )
         first = next(match.text for match in places[0].values() if match.text.spans)
         return _Marks(first.prompt, concepts, tuple(sorted(tokens)))

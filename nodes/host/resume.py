@@ -139,5 +139,5 @@ def _unpatched(weight: Any) -> Any:
     """What a weight of a loader's own class holds, apart from the patches that it carries while they are applied."""
     if type(weight) in (torch.Tensor, torch.nn.Parameter) or hasattr(weight, "__tensor_flatten__"):
         return weight
-    own = {name: value for name, value in getattr(weight, "__dict__", {}).items() if name != "patches"}
-    return type(weight), weight.as_subclass(torch.Tensor), own
+    attributes = {name: value for name, value in getattr(weight, "__dict__", {}).items() if name != "patches"}
+    return type(weight), weight.as_subclass(torch.Tensor), attributes

@@ -169,7 +169,7 @@ class EncodedPrompt:
 
     def rows_of(self, span: Span) -> dict[str, list[int]]:
         """The rows of what stands at a place in the prompt, for each encoder; none if the encoder does not read it."""
-        others = [
+        replaced = [
             self._tokenize(self._prompt[: span.start] + other + self._prompt[span.stop :])
             for other in replacements(span.of(self._prompt))
         ]
@@ -177,7 +177,7 @@ class EncodedPrompt:
         for group, names in enumerate(self._groups):
             for name in names:
                 places = self._places[name]
-                indices = changed_tokens(_keys(places), [_keys(other[name]) for other in others])
+                indices = changed_tokens(_keys(places), [_keys(other[name]) for other in replaced])
                 out[name] = self._rows(group, (places[index] for index in indices))
         return out
 

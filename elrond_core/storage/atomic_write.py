@@ -57,7 +57,7 @@ def atomic_write(path: Path, content: bytes, *, overwrite: bool = True) -> None:
             file.flush()
             os.fsync(file.fileno())
         (_replace if overwrite else _create)(temporary, path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     finally:
         # A full or read-only disk must be what is reported, not that nothing can be removed from it.
         with contextlib.suppress(OSError):
@@ -92,7 +92,7 @@ def make_folder(folder: Path) -> None:
     missing = [each for each in (folder, *folder.parents) if not each.is_dir()]
     folder.mkdir(parents=True, exist_ok=True)
     for each in reversed(missing):
-        _flush_folder(each.parent)
+        flush_folder(each.parent)
 
 
 def remove_abandoned(folder: Path) -> None:
@@ -134,7 +134,8 @@ def reason(error: OSError) -> str:
     return _ADVICE.get(error.errno or 0, error.strerror or str(error))
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Bring new names in a folder to the disk, where the file system can do that."""
     # A new name survives a power cut only once its folder is on the disk. Windows has no such call and no such need.
     if os.name != "posix":
         return

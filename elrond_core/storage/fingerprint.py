@@ -116,7 +116,7 @@ def _module(name: str | None) -> str:
 
 
 # Numbers that are multiplied at once: 8 MiB of them in 64 bits.
-_CHUNK = 2**20
+CHUNK = 2**20
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -132,7 +132,7 @@ def digest(tensor: torch.Tensor) -> str:
     words = (raw if raw.storage_offset() % 4 == 0 else raw.clone()).view(torch.int32)
     within = _factors("word", 2).to(words.device)
     totals = [0, 0]
-    for place, chunk in enumerate(words.split(_CHUNK)):
+    for place, chunk in enumerate(words.split(CHUNK)):
         wide = chunk.long()
         for i in range(2):
             summed = int((wide * within[i, : len(wide)]).sum())
@@ -144,5 +144,5 @@ def digest(tensor: torch.Tensor) -> str:
 @functools.lru_cache(maxsize=1)
 def _factors(purpose: str, count: int) -> torch.Tensor:
     return torch.stack(
-        [torch.randint(-(2**63), 2**63 - 1, (_CHUNK,), generator=generator(i, purpose)) for i in range(count)]
+        [torch.randint(-(2**63), 2**63 - 1, (CHUNK,), generator=generator(i, purpose)) for i in range(count)]
     )

@@ -171,7 +171,7 @@ def _content(name: str, kind: str, tensors: Tensors, specific: Metadata, provena
     try:
         content = encode(tensors, metadata)
         _check_header(name, kind, *header(name, io.BytesIO(content), len(content)))
-        _check_values(name, kind, tensors)
+        check_values(name, kind, tensors)
     except ElrondError as error:
         raise ElrondError(f"Nothing was written: {error}") from error
     return content
@@ -222,7 +222,7 @@ def _read(path: Path, kind: str, family: str | None, width: int | None) -> tuple
         tensors, metadata = read(path, check)
     except FileNotFoundError as error:
         raise ElrondError(f"There is no file {path.name}.") from error
-    _check_values(path.name, kind, tensors)
+    check_values(path.name, kind, tensors)
     return tensors, metadata, about[0][0]
 
 
@@ -363,7 +363,7 @@ def _numbers(value: Any, most: float = sys.float_info.max) -> bool:
     return isinstance(value, list) and all(type(x) in (int, float) and 0 <= x <= most for x in value)
 
 
-def _check_values(name: str, kind: str, tensors: Tensors) -> None:
+def check_values(name: str, kind: str, tensors: Tensors) -> None:
     """What tensors hold, beyond their types and shapes."""
     for key, tensor in tensors.items():
         whole = tensor.dtype == torch.int64

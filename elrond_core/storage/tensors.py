@@ -101,7 +101,7 @@ def read(path: Path, check: Callable[[str, Entries, Metadata], None] = require_c
         with _opened(path) as (file, size):
             entries, metadata = header(name, file, size)
             check(name, entries, metadata)
-            tensors = {key: _tensor(name, file, entry) for key, entry in entries.items()}
+            tensors = {key: read_tensor(name, file, entry) for key, entry in entries.items()}
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -221,7 +221,8 @@ def _sound(entry: Any) -> bool:
     return False
 
 
-def _tensor(name: str, file: BinaryIO, entry: dict[str, Any]) -> torch.Tensor:
+def read_tensor(name: str, file: BinaryIO, entry: dict[str, Any]) -> torch.Tensor:
+    """Read one tensor of an open file into memory of its own; `entry` is its part of the header."""
     try:
         tensor = torch.empty(entry["shape"], dtype=_TYPES[entry["dtype"]])
     except (RuntimeError, MemoryError) as error:

@@ -71,7 +71,7 @@ def differentiable() -> Iterator[None]:
         # Both replay recorded kernels in recorded memory, without a graph for the backward pass.
         for option in ("disable_comfy_compiler", "disable_cuda_graphs"):
             undo.enter_context(replaced_attribute(comfy.cli_args.args, option, True))
-        lasting = functools.partial(_lasting, comfy.ops.cast_bias_weight)
+        lasting = functools.partial(lasting_weights, comfy.ops.cast_bias_weight)
         undo.enter_context(replaced_attribute(comfy.ops, "cast_bias_weight", lasting))
         # Hooks give the model other weights from one pass to the next; the backward pass needs those of each.
         undo.enter_context(replaced_attribute(comfy.utils, "copy_to_param", comfy.utils.set_attr_param))
@@ -85,7 +85,7 @@ def differentiable() -> Iterator[None]:
         yield
 
 
-def _lasting(cast: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
+def lasting_weights(cast: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
     """The host's `cast_bias_weight`; what it lends from another device's weights stays as it is for a backward pass.
 
     Weights of a loader's own class are handed on as plain tensors, or every hidden state would become one of its kind.

@@ -252,7 +252,7 @@ class EncodedPrompt:
         tokens: dict[int, Token] = {}
         for name in self._groups[group]:
             places, template = self._places[name], self._templates[name]
-            texts = _texts(_decoder(self._clip.tokenizer, name), [place.token for place in places])
+            texts = _texts(decoder_of(self._clip.tokenizer, name), [place.token for place in places])
             for index in range(template.before, len(places) - template.after):
                 for row in self._rows(group, [places[index]]):
                     tokens.setdefault(row, Token(texts[index], row))
@@ -346,7 +346,12 @@ def _texts(decode: Callable[[list[int]], str], tokens: Sequence[Any]) -> list[st
     return texts
 
 
-def _decoder(wrapper: Any, name: str) -> Callable[[list[int]], str]:
+def decoder_of(wrapper: Any, name: str) -> Callable[[list[int]], str]:
+    """The function that turns token ids of a text encoder back into text.
+
+    Raises:
+        ElrondError: if the host's tokenizer has none that is known.
+    """
     for candidate in (f"clip_{name}", name, getattr(wrapper, "clip", "")):
         tokenizer: Any = getattr(getattr(wrapper, candidate, None), "tokenizer", None) if candidate else None
         # The host has some of its own: a wrapper of a SentencePiece model, and plain ones.

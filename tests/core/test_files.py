@@ -466,13 +466,13 @@ def test_values_are_checked_without_a_copy_of_all(kind: str, monkeypatch: pytest
     vectors = torch.nn.functional.normalize(torch.randn(50, 8), dim=1)[:, None]
     monkeypatch.setattr(files, "_BLOCK", 64)
     with Largest() as largest:
-        files._check_values("x", kind, {"vectors": vectors})
+        files.check_values("x", kind, {"vectors": vectors})
     assert 0 < largest.size <= 64 * 4
     for row in (0, 7, 8, 49):
         bad = vectors.clone()
         bad[row, 0, 3] = torch.nan
         with pytest.raises(ElrondError, match=f"^x: row {row} of vectors is not finite"):
-            files._check_values("x", kind, {"vectors": bad})
+            files.check_values("x", kind, {"vectors": bad})
 
 
 def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
@@ -550,7 +550,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_whole(
     files.save_directions(first, path)
     files.save_directions(other, tmp_path / "other")
     content = (tmp_path / "other").read_bytes()
-    tensor = tensor_files._tensor
+    tensor = tensor_files.read_tensor
 
     def replaced(*arguments: Any) -> torch.Tensor:
         if (tmp_path / "other").exists():
@@ -562,11 +562,11 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_whole(
         return tensor(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tensor_files, "_tensor", replaced)
+        patch.setattr(tensor_files, "read_tensor", replaced)
         same(first, files.load_directions(path))
     same(other, files.load_directions(path))
     files.save_directions(first, path)
-    monkeypatch.setattr(tensor_files, "_tensor", overwritten)
+    monkeypatch.setattr(tensor_files, "read_tensor", overwritten)
     with pytest.raises(ElrondError, match="does not agree with its checksum"):
         files.load_directions(path)
 

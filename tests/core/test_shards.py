@@ -247,7 +247,7 @@ def test_a_damaged_shard_is_collected_again(
 
 def test_what_is_kept_is_flushed_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[tuple[str, str]] = []
-    flush, rename = atomic_write._flush_folder, Path.replace
+    flush, rename = atomic_write.flush_folder, Path.replace
 
     def flushed(folder: Path) -> None:
         done.append(("flush", folder.name))
@@ -258,7 +258,7 @@ def test_what_is_kept_is_flushed_to_the_disk(tmp_path: Path, monkeypatch: pytest
         return rename(path, target)
 
     monkeypatch.setattr(os, "fsync", lambda handle: done.append(("sync", "")))
-    monkeypatch.setattr(atomic_write, "_flush_folder", flushed)
+    monkeypatch.setattr(atomic_write, "flush_folder", flushed)
     monkeypatch.setattr(Path, "replace", renamed)
     root = tmp_path / "output" / "collections"
     Shards(root, "ab", pytest.fail).put(0, {"vectors": torch.ones(2)})
@@ -426,10 +426,10 @@ def test_what_has_no_content_has_no_fingerprint() -> None:
 
 
 def test_the_digest_notices_one_bit_anywhere() -> None:
-    size = 2 * fingerprints._CHUNK + 5
+    size = 2 * fingerprints.CHUNK + 5
     tensor = torch.zeros(4 * size - 1, dtype=torch.uint8)
     found = {digest(tensor)}
-    places = [0, 1, 4 * fingerprints._CHUNK, 4 * fingerprints._CHUNK + 1, len(tensor) - 1]
+    places = [0, 1, 4 * fingerprints.CHUNK, 4 * fingerprints.CHUNK + 1, len(tensor) - 1]
     for place in places:
         changed = tensor.clone()
         changed[place] = 128
@@ -437,5 +437,5 @@ def test_the_digest_notices_one_bit_anywhere() -> None:
     assert len(found) == 1 + len(places)
     # A swap within a chunk, and of whole chunks.
     words = torch.arange(size, dtype=torch.int32)
-    swapped = words.roll(fingerprints._CHUNK)
+    swapped = words.roll(fingerprints.CHUNK)
     assert len({digest(words), digest(swapped), digest(words.flip(0))}) == 3

@@ -412,17 +412,17 @@ def test_weights_that_are_lent_in_memory_that_is_used_again(
             self.bias = None if layer.bias is None else layer.bias.to("meta")
             self.layer = layer
 
-    lasting = gradient_patches._lasting
+    lasting = gradient_patches.lasting_weights
     monkeypatch.setattr(
         comfy.ops, "cast_bias_weight", lambda layer, *a, **k: lend(getattr(layer, "layer", layer), *a, **k)
     )
     monkeypatch.setattr(
-        gradient_patches, "_lasting", lambda cast, layer, *a, **k: lasting(cast, Elsewhere(layer), *a, **k)
+        gradient_patches, "lasting_weights", lambda cast, layer, *a, **k: lasting(cast, Elsewhere(layer), *a, **k)
     )
     assert torch.equal(found(), expected)
     assert len(set(lent)) > 20
     # And this is what it takes.
-    monkeypatch.setattr(gradient_patches, "_lasting", lambda cast, *a, **k: cast(*a, **k))
+    monkeypatch.setattr(gradient_patches, "lasting_weights", lambda cast, *a, **k: cast(*a, **k))
     assert not torch.allclose(found(), expected, rtol=0.1)
 
 

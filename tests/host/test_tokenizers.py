@@ -606,6 +606,6 @@ def test_tokenizers_of_newer_hosts() -> None:
 
     for own in (Plain(), Wrapper()):
         wrapper = SimpleNamespace(clip="clip_x", clip_x=SimpleNamespace(tokenizer=own))
-        assert text._decoder(wrapper, "x")([1, 2]) == "<1> <2>"
+        assert text.decoder_of(wrapper, "x")([1, 2]) == "<1> <2>"
     with pytest.raises(ElrondError, match="does not know how this CLIP cuts text"):
-        text._decoder(SimpleNamespace(clip_x=SimpleNamespace(tokenizer=object())), "x")
+        text.decoder_of(SimpleNamespace(clip_x=SimpleNamespace(tokenizer=object())), "x")

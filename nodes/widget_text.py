@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 
@@ -18,6 +19,8 @@ WORDS = (
 )
 # Above every index: indices have at most six digits.
 ANY_COUNT = 10**6
+# The largest strength, as the nodes' own fields have it. Far larger ones overflow half precision.
+STRENGTH_LIMIT = 1000.0
 
 
 def indices_of(text: str, count: int) -> list[int]:
@@ -36,7 +39,9 @@ def indices_of(text: str, count: int) -> list[int]:
         if not match:
             raise ElrondError(f"{part!r} is not a direction; list them as in 0, 2, 5-7.")
         first, last = int(match[1]), int(match[2] or match[1])
-        if not first <= last < count:
+        if first > last:
+            raise ElrondError(f"{part} runs backwards; write {last}-{first}.")
+        if last >= count:
             raise ElrondError(f"There are no directions {part}: this set holds 0 to {count - 1}.")
         indices += range(first, last + 1)
     repeated = [i for i, times in Counter(indices).items() if times > 1]
@@ -49,12 +54,14 @@ def numbers_of(text: str) -> list[float]:
     """Numbers in a list such as "1, -0.5".
 
     Raises:
-        ElrondError: if one is not a number.
+        ElrondError: if one is not a finite number.
     """
     numbers = []
     for part in filter(None, re.split(r"[,;\s]+", text.strip())):
         try:
             numbers.append(float(part))
+            if not math.isfinite(numbers[-1]):
+                raise ValueError(part)
         except ValueError:
             raise ElrondError(f"{part!r} is not a number; list them as in 1, -0.5.") from None
     return numbers
@@ -64,7 +71,7 @@ def strengths_of(text: str) -> dict[int, float]:
     """Strengths by direction, in a list such as "0: 0.5, 3: -0.2".
 
     Raises:
-        ElrondError: if the text cannot be read or a direction is repeated.
+        ElrondError: if the text cannot be read, a direction is repeated, or a strength is beyond `STRENGTH_LIMIT`.
     """
     strengths: dict[int, float] = {}
     for part in filter(str.strip, re.split(r"[,;\n]", text)):
@@ -74,6 +81,8 @@ def strengths_of(text: str) -> dict[int, float]:
         if int(match[1]) in strengths:
             raise ElrondError(f"Direction {int(match[1])} is listed twice.")
         strengths[int(match[1])] = float(match[2])
+        if abs(float(match[2])) > STRENGTH_LIMIT:
+            raise ElrondError(f"A strength lies between -1000 and 1000, not at {match[2][:20]}.")
     return strengths
 
 

@@ -26,7 +26,7 @@ def test_indices_of_a_set_that_is_not_known_yet() -> None:
         ("a", "'a' is not a direction"),
         ("-1", "'-1' is not a direction"),
         ("4", "no directions 4: this set holds 0 to 3"),
-        ("2-1", "no directions 2-1"),
+        ("2-1", "2-1 runs backwards"),
         ("0-9999999", "is not a direction"),
         ("1, 0-2", "Direction 1 is listed twice"),
     ],
@@ -51,3 +51,22 @@ def test_lists_of_words() -> None:
     assert words_of("red, blue\n very  dark,red,") == ["red", "blue", "very dark"]
     with pytest.raises(ElrondError, match="at least two words"):
         words_of("red, red")
+
+
+@pytest.mark.parametrize("text", ["0: 1e999", "0: 1e38", "0: 0.5, 1: -1000.1"])
+def test_strengths_that_overflow_are_refused(text: str) -> None:
+    with pytest.raises(ElrondError, match="A strength lies between -1000 and 1000"):
+        strengths_of(text)
+    assert strengths_of("0: 1000, 1: -1e3") == {0: 1000.0, 1: -1000.0}
+
+
+@pytest.mark.parametrize("text", ["nan", "1, inf", "-1e999"])
+def test_numbers_are_finite(text: str) -> None:
+    with pytest.raises(ElrondError, match="is not a number"):
+        numbers_of(text)
+
+
+@pytest.mark.parametrize("count", [4, ANY_COUNT])
+def test_a_range_that_runs_backwards_says_so(count: int) -> None:
+    with pytest.raises(ElrondError, match=r"3-1 runs backwards; write 1-3\."):
+        indices_of("3-1", count)

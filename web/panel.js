@@ -222,20 +222,25 @@ class Panel {
     this.timer = setTimeout(() => this.refresh(), 0);
   }
 
-  /** Follow the values, whoever changed them. */
+  /** What the panel shows of widgets that others may change: which files, and which strengths. */
+  get namesNow() {
+    return JSON.stringify(this.names.map((widget) => widget?.value));
+  }
+
+  get valuesNow() {
+    return this.steers && JSON.stringify([this.effective("strengths").map((widget) => widget?.value), this.unit]);
+  }
+
+  /** Follow the values, whoever changed them; what is shown already stays, with what is said beside it. */
   look() {
-    const names = JSON.stringify(this.names.map((widget) => widget?.value));
-    const values = this.steers && JSON.stringify([this.effective("strengths").map((widget) => widget?.value), this.unit]);
-    const renamed = names !== this.seen?.names;
-    const changed = values !== this.seen?.values;
-    this.seen = { names, values };
-    if (renamed) this.later();
-    else if (changed) this.draw();
+    if (this.namesNow !== this.namesShown) this.later();
+    else if (this.valuesNow !== this.valuesShown) this.draw();
   }
 
   async refresh(anew = false) {
     // A node that was removed, or is being moved into a subgraph, has no graph.
     if (!this.node.graph) return;
+    this.namesShown = this.namesNow;
     const widgets = this.names;
     const names = new Set(widgets.map((widget) => widget?.value));
     const [name] = names;
@@ -336,6 +341,7 @@ class Panel {
   }
 
   draw(said = this.problem) {
+    this.valuesShown = this.valuesNow;
     const open = Boolean(this.kept.open);
     const count = this.file?.directions.length;
     this.head.textContent = `${open ? "▾" : "▸"} ${count ? `${count} directions of “${this.file.concept}”` : "Directions"}`;

@@ -111,6 +111,8 @@ def test_randomise_moves_what_is_on_and_stays_in_its_range(page: Any, stored: st
     lowest = page.get_by_label("Lowest strength of the sliders")
     lowest.fill("0.3")
     lowest.press("Tab")
+    # Longer than the panel takes to look at its widgets again: what it said stays.
+    page.wait_for_timeout(600)
     assert page.get_by_text("The lowest strength must be below the highest.").is_visible()
     lowest.fill("0.1")
     lowest.press("Tab")

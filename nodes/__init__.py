@@ -11,6 +11,7 @@ from . import (
     mark,
     mask,
     measure,
+    ranges,
     realizations,
     steering,
     sweep,
@@ -29,6 +30,7 @@ NODES = [
     *measure.NODES,
     *files.NODES,
     *demo_model.NODES,
+    *ranges.NODES,
 ]
 
 host.make_folders()

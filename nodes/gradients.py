@@ -6,15 +6,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..elrond_core.collect.collection import TARGETS_A_PROBE, CollectionPlan, collect
-from ..elrond_core.collect.differentiate import Denoiser
 from ..elrond_core.collect.merge import merge_gradients, merge_lines
-from ..elrond_core.collect.pairs import check_targets
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.gradients import Gradients
-from ..elrond_core.measure.quality import StopAtQuality
-from ..elrond_core.provenance import Provenance
 from . import host
+from .jobs import GradientJob, check_features, levels
 from .types import GradientsIO, check_guidance, first_error, seed_input
 
 
@@ -136,8 +132,8 @@ class CollectGradients(io.ComfyNode):
         """Refuse what can be seen to be wrong before anything is computed; an input that is wired is None."""
         return first_error(
             (check_guidance, cfg, negative is None),
-            (_levels, more_levels),
-            (_check_features, vae is None, clip_vision is None),
+            (levels, more_levels),
+            (check_features, vae is None, clip_vision is None),
         )
 
     @classmethod
@@ -161,107 +157,25 @@ class CollectGradients(io.ComfyNode):
         clip_vision: Any = None,
     ) -> io.NodeOutput:
         """Collect under the host's model management."""
-        samples = realizations["samples"]
-        check_targets(len(samples), targets_per_realization)
-        check_guidance(cfg, negative is not None)
-        stop = StopAtQuality(target_quality, count) if target_quality else None
-        _check_features(vae is not None, clip_vision is not None)
-        sigma = [host.sigma_of(model, level) for level in [noise_level, *_levels(more_levels)]]
-        if len(set(sigma)) < len(sigma):
-            raise ElrondError("Each noise level can be named once only: change noise_level or more_levels.")
-        prompt = _prompt_at(model, positive, sigma)
-        concept = prompt.concepts[0]
-        if remove_common and not set(prompt.words) - set(concept.rows):
-            raise ElrondError("The prompt has no words beside the concept: switch remove_common off, or add some.")
-        provenance = Provenance(
-            family=prompt.family,
-            prompt=prompt.prompt,
-            concept=concept.word,
-            tokens=concept.tokens,
-            rows=concept.rows,
-            host=host.HOST,
-        )
-        guidance = cfg if negative is not None else 1.0
-        # A kept batch is used again only if all of these are equal. The batch size changes its last bits.
-        settings = (
-            provenance,
+        job = GradientJob(
+            model,
+            positive,
+            realizations,
             count,
-            sigma,
-            seed,
+            noise_level,
             batch_size,
+            seed,
+            response,
+            cfg,
+            negative,
             targets_per_realization,
-            response and TARGETS_A_PROBE,
+            more_levels,
             remove_common,
-            guidance,
+            target_quality,
             vae,
             clip_vision,
         )
-        shards = host.open_shards(model, positive, negative, samples, settings)
-        update = host.progress(count, model)
-
-        def work(denoiser: host.HostDenoiser, latents: Any) -> Gradients:
-            # The number of other rows is that of the prompt at this level.
-            denoiser.rows_at(sigma[0])
-            plan = CollectionPlan(
-                count=count,
-                sigma=tuple(sigma),
-                seed=seed,
-                batch_size=batch_size,
-                probes=response,
-                targets=targets_per_realization,
-                other_rows=denoiser.other_rows,
-            )
-
-            def collected(differentiable: Denoiser, references: Any = None) -> Gradients:
-                return collect(
-                    differentiable,
-                    latents,
-                    provenance,
-                    plan,
-                    references=references,
-                    store=shards,
-                    on_batch=lambda done: update(done, denoiser.latest),
-                    stop=stop,
-                )
-
-            if vae is None:
-                return collected(denoiser)
-            with host.through_features(denoiser, vae, clip_vision, latents, batch_size) as (through, references):
-                return collected(through, references)
-
-        gradients = host.with_denoiser(model, positive, negative, cfg, samples, seed, work, words=remove_common)
-        report = f"{len(gradients)} gradients of {len(samples)} realizations"
-        return io.NodeOutput(gradients, f"{report}; {stop.line()}" if stop else report)
-
-
-def _prompt_at(model: Any, positive: Any, sigma: list[float]) -> host.MarkedPrompt:
-    """The marked prompt at the first noise level.
-
-    Raises:
-        ElrondError: if none acts at a level, or the concept has another number of rows there.
-    """
-    prompts = [host.marked_at(model, positive, level) for level in sigma]
-    if len({len(prompt.concepts[0].rows) for prompt in prompts}) > 1:
-        raise ElrondError(
-            "The prompt changes between these noise levels, and with it the number of the concept's tokens: "
-            "collect at one level at a time."
-        )
-    return prompts[0]
-
-
-def _check_features(vae: bool, clip_vision: bool) -> None:
-    if vae != clip_vision:
-        raise ElrondError("Comparing image features needs both a vae and a clip_vision: connect both or neither.")
-
-
-def _levels(text: str) -> list[float]:
-    try:
-        levels = [float(part) for part in text.replace(",", " ").split()]
-    except ValueError:
-        levels = [-1.0]
-    if not all(0 < level <= 1 for level in levels):
-        raise ElrondError(f"more_levels is a list of numbers above 0 and up to 1, such as 0.8, 0.6; not {text!r}.")
-    return levels
+        return io.NodeOutput(*job.run(host.open_shards(model, *job.determined_by)))
 
 
 class MergeGradients(io.ComfyNode):

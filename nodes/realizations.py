@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from comfy_api.latest import io
 
 from . import host
+from .jobs import RealizationJob
 from .types import check_guidance, first_error, seed_input
 
 
@@ -77,42 +77,23 @@ class SampleRealizations(io.ComfyNode):
         negative: Any = None,
     ) -> io.NodeOutput:
         """Sample batch by batch."""
-        # Collect Gradients needs a marked prompt. It is refused here, before any image is sampled.
-        host.marked(positive)
-        check_guidance(cfg, negative is not None)
+        job = RealizationJob(
+            model,
+            positive,
+            width,
+            height,
+            count,
+            batch_size,
+            seed,
+            steps,
+            cfg,
+            sampler_name,
+            scheduler,
+            negative,
+        )
         # Finished batches are kept: sampled again they might differ in the last bit, and an interrupted collection from
         # them could not continue.
-        settings = (width, height, count, batch_size, seed, steps, cfg, sampler_name, scheduler)
-        shards = host.open_shards(model, positive, negative, "realizations", settings)
-        update = host.progress(count, model)
-
-        def on_step(images: float, preview: torch.Tensor) -> None:
-            update(first + images, preview)
-
-        batches = []
-        for number, first in enumerate(range(0, count, batch_size)):
-            batch = shards.get(number) if shards is not None else None
-            if batch is None:
-                empty = host.empty_latent(model, width, height, min(batch_size, count - first))
-                latents = host.sample(
-                    model,
-                    positive,
-                    negative,
-                    empty,
-                    first,
-                    seed,
-                    steps,
-                    cfg,
-                    sampler_name,
-                    scheduler,
-                    on_step=on_step,
-                )
-                batch = {"samples": latents.cpu().contiguous()}
-                if shards is not None:
-                    shards.put(number, batch)
-            batches.append(batch["samples"])
-            update(first + len(batches[-1]))
-        return io.NodeOutput({"samples": torch.cat(batches)})
+        return io.NodeOutput({"samples": job.run(host.open_shards(model, *job.determined_by))})
 
 
 NODES = [SampleRealizations]

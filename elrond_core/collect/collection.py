@@ -7,8 +7,8 @@ the word would have to move to turn A's image into B's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -86,6 +86,18 @@ class CollectionPlan:
                 if items:
                     yield sigma, items
 
+    def with_other_rows(self, count: int) -> CollectionPlan:
+        """The same plan for a denoiser whose last `count` rows are not the concept's."""
+        return replace(self, other_rows=count)
+
+    def places(self, items: list[int]) -> torch.Tensor:
+        """Which gradients a batch of noised realizations makes, (targets, items) int64.
+
+        The last realization may have fewer targets. Its last pair is then computed several times; places from `count`
+        on are dropped.
+        """
+        return torch.tensor(items) * self.targets + torch.arange(self.targets)[:, None]
+
 
 def collect(
     denoiser: Denoiser,
@@ -115,24 +127,21 @@ def collect(
     Raises:
         ElrondError: if there are too few realizations, or too little memory for one gradient.
     """
-    pairs = draw_pairs(plan.count, len(realizations), plan.seed, plan.targets)
-    references = realizations if references is None else references
-    differentiate = Differentiator(denoiser)
+    computation = _Computation(denoiser, realizations, references, plan)
     results = _Results.empty(plan, denoiser.rows_at(plan.sigma[0]))
 
     def first(count: int) -> Gradients:
-        return results.first(count, pairs, provenance.with_(latent_values=references[0].numel()))
+        values = computation.references[0].numel()
+        return results.first(count, computation.pairs, provenance.with_(latent_values=values))
 
     done = 0
     for number, (sigma, items) in enumerate(plan.batches()):
-        # The last source may have fewer targets. Its last pair is computed several times, and the surplus is dropped.
-        places = torch.tensor(items) * plan.targets + torch.arange(plan.targets)[:, None]
         batch = store.get(number) if store is not None else None
         if batch is None:
-            drawn = pairs[places.clamp(max=plan.count - 1)]
-            batch = _batch(differentiate, realizations, references, drawn, sigma, items, plan)
+            batch = computation.batch(sigma, items)
             if store is not None:
                 store.put(number, batch)
+        places = plan.places(items)
         results.put(places, items, batch)
         done += int((places < plan.count).sum())
         if on_batch:
@@ -144,33 +153,72 @@ def collect(
     return first(done)
 
 
-def _batch(
-    differentiate: Differentiator,
+def collect_batches(
+    denoiser: Denoiser,
     realizations: torch.Tensor,
-    references: torch.Tensor,
-    pairs: torch.Tensor,
-    sigma: float,
-    items: list[int],
     plan: CollectionPlan,
-) -> dict[str, torch.Tensor]:
-    """Gradients of pairs (targets, items, 2) as `vectors`, and Jacobian probes, source by source.
+    numbers: Collection[int],
+    *,
+    references: torch.Tensor | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Only the batches of these numbers, by number, as a `BatchStore` keeps them.
 
-    In kept batches the probes have the name `response`.
+    A batch does not depend on which others are made before it or on which machine, so that several machines share a
+    collection, and `collect` puts it together. Arguments and errors are those of `collect`; numbers beyond the last
+    batch are left out.
     """
-    probe_numbers = [item * plan.probes_per_source + k for k in range(plan.probes_per_source) for item in items]
-    probes = None
-    if plan.probes:
-        probes = normal(tuple(references.shape[1:]), plan.seed, "probe", probe_numbers)
-        probes = probes.unflatten(0, (plan.probes_per_source, -1))
-    vectors, response = differentiate(
-        realizations[pairs[0, :, 0]],
-        references[pairs[:, :, 1]],
-        normal(tuple(realizations.shape[1:]), plan.seed, "noise", items),
-        sigma,
-        probes,
-    )
-    batch = {"vectors": _by_source(vectors, plan)}
-    return batch if response is None else batch | {"response": _by_source(response, plan)}
+    computation = _Computation(denoiser, realizations, references, plan)
+    made: dict[int, dict[str, torch.Tensor]] = {}
+    done = 0
+    for number, (sigma, items) in enumerate(plan.batches()):
+        if number in numbers:
+            made[number] = computation.batch(sigma, items)
+            done += int((plan.places(items) < plan.count).sum())
+            if on_batch:
+                on_batch(done)
+    return made
+
+
+class _Computation:
+    """Batches of one plan, each from its number alone.
+
+    Attributes:
+        pairs: (count, 2).
+        references: what the denoiser's output is compared with.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        realizations: torch.Tensor,
+        references: torch.Tensor | None,
+        plan: CollectionPlan,
+    ) -> None:
+        self.pairs = draw_pairs(plan.count, len(realizations), plan.seed, plan.targets)
+        self.references = realizations if references is None else references
+        self._realizations = realizations
+        self._plan = plan
+        self._differentiate = Differentiator(denoiser)
+
+    def batch(self, sigma: float, items: list[int]) -> dict[str, torch.Tensor]:
+        """Gradients of these sources as `vectors`, and Jacobian probes as `response`, source by source."""
+        plan = self._plan
+        pairs = self.pairs[plan.places(items).clamp(max=plan.count - 1)]
+        probe_numbers = [item * plan.probes_per_source + k for k in range(plan.probes_per_source) for item in items]
+        probes = None
+        if plan.probes:
+            probes = normal(tuple(self.references.shape[1:]), plan.seed, "probe", probe_numbers)
+            probes = probes.unflatten(0, (plan.probes_per_source, -1))
+        vectors, response = self._differentiate(
+            self._realizations[pairs[0, :, 0]],
+            self.references[pairs[:, :, 1]],
+            normal(tuple(self._realizations.shape[1:]), plan.seed, "noise", items),
+            sigma,
+            probes,
+        )
+        batch = {"vectors": _by_source(vectors, plan)}
+        return batch if response is None else batch | {"response": _by_source(response, plan)}
 
 
 def _by_source(vectors: torch.Tensor, plan: CollectionPlan) -> torch.Tensor:

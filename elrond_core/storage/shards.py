@@ -19,6 +19,7 @@ import torch
 
 from ..errors import ElrondError
 from .atomic_write import atomic_write, make_folder, reason, remove_abandoned
+from .shard_names import batches_of, shard_name
 from .tensors import DamagedError, Tensors, encode, read
 
 Batch = dict[str, torch.Tensor]
@@ -27,7 +28,6 @@ Batch = dict[str, torch.Tensor]
 _JOINED = 64
 # About eight collections of the published size (30,000 gradients) of one row of Qwen-Image's width, 3584.
 LIMIT = 8 * 30_000 * 3584 * 4
-_SHARD = re.compile(r"[0-9]{8,}-[0-9]+\.safetensors")
 # Another process may join files while they are listed; each time the listing is read again, fewer are left to join.
 _LISTINGS = 5
 # Seconds within which a collection that was written to may be another process's, which goes on.
@@ -90,18 +90,17 @@ class Shards:
                 )
 
     def _path(self, first: int, count: int) -> Path:
-        return self._folder / f"{first:08d}-{count}.safetensors"
+        return self._folder / shard_name(first, count)
 
     def _write(self, first: int, batches: list[Batch]) -> None:
-        tensors = {f"{first + i}.{name}": tensor for i, batch in enumerate(batches) for name, tensor in batch.items()}
-        atomic_write(self._path(first, len(batches)), encode(tensors, {"fingerprint": self._fingerprint}))
+        _write(self._folder, self._fingerprint, first, batches)
 
     def _read(self) -> None:
         remove_abandoned(self._folder)
         seen: set[str] = set()
         for _ in range(_LISTINGS):
             try:
-                names = sorted(name for name in os.listdir(self._folder) if _SHARD.fullmatch(name))  # noqa: PTH208
+                names = sorted(name for name in os.listdir(self._folder) if batches_of(name))  # noqa: PTH208
             except OSError:
                 # What keeps it from being read is said when it cannot be written either.
                 return
@@ -124,10 +123,7 @@ class Shards:
             FileNotFoundError: if it is not there any more.
         """
         try:
-            tensors, metadata = read(path)
-            if metadata.get("fingerprint") != self._fingerprint:
-                raise DamagedError("It is of another collection.")
-            batches = _split(tensors)
+            batches = _read(path, self._fingerprint)
         except DamagedError:
             self._warn(f"{path.name} in {self._folder} is damaged: what it held is done again.")
             return
@@ -137,6 +133,48 @@ class Shards:
         self._batches |= batches
         if len(batches) > 1:
             self._joined |= set(batches)
+
+
+def write_shard(root: Path, fingerprint: str, batches: dict[int, Batch]) -> str:
+    """Write batches in a row as one shard, whole or not at all, where `Shards` finds it.
+
+    Args:
+        root: folder of all collections.
+        fingerprint: of everything that determines the result.
+        batches: by number, without gaps.
+
+    Returns:
+        The file's name.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    first = min(batches)
+    make_folder(root / fingerprint)
+    _write(root / fingerprint, fingerprint, first, [batches[first + i] for i in range(len(batches))])
+    return shard_name(first, len(batches))
+
+
+def read_shard(root: Path, fingerprint: str, name: str) -> dict[int, Batch]:
+    """The batches of one shard, by number.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ElrondError: if it is damaged, or cannot be read.
+    """
+    return _read(root / fingerprint / name, fingerprint)
+
+
+def _read(path: Path, fingerprint: str) -> dict[int, Batch]:
+    tensors, metadata = read(path)
+    if metadata.get("fingerprint") != fingerprint:
+        raise DamagedError("It is of another collection.")
+    return _split(tensors)
+
+
+def _write(folder: Path, fingerprint: str, first: int, batches: list[Batch]) -> None:
+    tensors = {f"{first + i}.{name}": tensor for i, batch in enumerate(batches) for name, tensor in batch.items()}
+    atomic_write(folder / shard_name(first, len(batches)), encode(tensors, {"fingerprint": fingerprint}))
 
 
 def _split(tensors: Tensors) -> dict[int, Batch]:

@@ -69,9 +69,25 @@ def encode(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> 
         shared = memory in {other.untyped_storage().data_ptr() for other in plain.values()}
         plain[name] = copy.clone() if shared else copy
     try:
-        return save(plain, {**metadata, CHECKSUM: checksum(plain, metadata)})
+        return _ordered(save(plain, {**metadata, CHECKSUM: checksum(plain, metadata)}))
     except UnicodeEncodeError as error:
         raise ElrondError(f"A text has a character that is not Unicode: {shown(error.object)}.") from error
+
+
+def _ordered(content: bytes) -> bytes:
+    """The same file with its metadata in order, which the library writes in another order each time.
+
+    Files of equal content are then equal, so that machines that make the same can be compared by their files.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    parsed = json.loads(content[8:end])
+    metadata = parsed.pop("__metadata__", {})
+    header = json.dumps(
+        {"__metadata__": dict(sorted(metadata.items())), **parsed}, ensure_ascii=False, separators=(",", ":")
+    ).encode()
+    # Tensors begin at a multiple of eight bytes.
+    header += b" " * (-len(header) % 8)
+    return b"".join([len(header).to_bytes(8, "little"), header, memoryview(content)[end:]])
 
 
 def require_checksum(name: str, entries: Entries, metadata: Metadata) -> None:

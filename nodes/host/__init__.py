@@ -6,7 +6,7 @@ from .features import image_features, through_features
 from .matching import RowFinder, Text
 from .parts import resized, steer_conditioning
 from .paths import file_folders, make_folders, output_folder, routes
-from .resume import HOST, kept_training, open_shards, training_device
+from .resume import HOST, kept_training, open_shards, origin, shards_in, training_device, work_name
 from .sampling import (
     absent,
     decode,
@@ -45,6 +45,7 @@ __all__ = [
     "marked",
     "marked_at",
     "open_shards",
+    "origin",
     "output_folder",
     "progress",
     "resized",
@@ -54,6 +55,7 @@ __all__ = [
     "sample",
     "sampler_names",
     "scheduler_names",
+    "shards_in",
     "sigma_of",
     "span_of",
     "steer_conditioning",
@@ -63,4 +65,5 @@ __all__ = [
     "through_features",
     "training_device",
     "with_denoiser",
+    "work_name",
 ]

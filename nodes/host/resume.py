@@ -17,6 +17,7 @@ import comfy.sd
 import torch
 
 from ...elrond_core import __version__
+from ...elrond_core.errors import ElrondError
 from ...elrond_core.storage.fingerprint import NoFingerprintError, fingerprint
 from ...elrond_core.storage.shards import Shards, prune
 from .paths import output_folder
@@ -34,22 +35,58 @@ def open_shards(model: Any, *values: Any) -> Shards | None:
     Patches and weights that nodes of other packs make may have no content that could be compared; then nothing is
     kept, and the log says so.
     """
-    attention = comfy.ldm.modules.attention.optimized_attention
-    about = (__version__, HOST, torch.__version__, comfy.model_management.get_torch_device_name(model.load_device))
-    name = None
     try:
-        name = fingerprint(about, attention, model, values, content=_content)
-    except NoFingerprintError as error:
-        reason = f"a {error}"
-    # Reading weights runs code of the pack that made them, which may raise anything.
-    except Exception as error:
-        reason = f"its model cannot be read: {type(error).__name__}: {error}"
-    if name is None:
-        logging.warning(f"ELROND: this work cannot be continued after an interruption, since {reason}")
+        name = work_name(origin(model), *values)
+    except ElrondError as error:
+        logging.warning(f"ELROND: this work cannot be continued after an interruption, since {error}")
         return None
     root = output_folder() / "collections"
     prune(root, name)
+    return shards_in(root, name)
+
+
+def shards_in(root: Path, name: str) -> Shards:
+    """The kept batches of the work of a name; what is wrong with them goes to the log."""
     return Shards(root, name, lambda sentence: logging.warning(f"ELROND: {sentence}"))
+
+
+def origin(model: Any) -> dict[str, str]:
+    """What decides the last bit of results, beside inputs: a text each for pack, host, torch, device and model.
+
+    Raises:
+        ElrondError: if the model's patches or weights have no content that could be compared.
+    """
+    device = comfy.model_management.get_torch_device_name(model.load_device)
+    if torch.device(model.load_device).type == "cpu":
+        # Kernels differ between instruction sets, and sums are divided between threads.
+        device = f"{device} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    attention = comfy.ldm.modules.attention.optimized_attention
+    return {
+        "pack": __version__,
+        "host": HOST,
+        "torch": str(torch.__version__),
+        "device": device,
+        "model": _fingerprint(attention, model),
+    }
+
+
+def work_name(made_by: dict[str, str], *values: Any) -> str:
+    """The name of the work that an `origin` and everything else that determines its result make.
+
+    Raises:
+        ElrondError: as `origin`.
+    """
+    return _fingerprint(made_by, values)
+
+
+def _fingerprint(*values: Any) -> str:
+    try:
+        return fingerprint(*values, content=_content)
+    except NoFingerprintError as error:
+        raise ElrondError(f"a {error}") from error
+    # Reading weights runs code of the pack that made them, which may raise anything.
+    except Exception as error:
+        raise ElrondError(f"its model cannot be read: {type(error).__name__}: {error}") from error
 
 
 def training_device(size: int) -> torch.device:

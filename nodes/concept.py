@@ -21,6 +21,7 @@ class EncodeConcept(io.ComfyNode):
             display_name="Encode Concept (ELROND)",
             category="ELROND",
             description="Encodes a prompt and remembers where its concept word is. Works as any CONDITIONING.",
+            **host.search_aliases("concept token", "bracket prompt", "diversity", "variation"),
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder of the model you will sample with."),
                 io.String.Input(

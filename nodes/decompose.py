@@ -43,6 +43,7 @@ class FitPCA(io.ComfyNode):
             display_name="Fit PCA (ELROND)",
             category="ELROND",
             description="Finds the principal components of the gradients: the paper's plain method, done in a moment.",
+            **host.search_aliases("principal components", "find directions", "sliders"),
             inputs=[
                 GradientsIO.Input("gradients", tooltip="From Collect Gradients or Load Gradients."),
                 _SIGNIFICANCE,
@@ -81,6 +82,7 @@ class FitResponse(io.ComfyNode):
                 "Finds the movements that explain most natural variation per change they cause, so that one loud "
                 "factor does not take every direction. Needs gradients with a response."
             ),
+            **host.search_aliases("find directions", "sliders", "pullback metric"),
             inputs=[
                 GradientsIO.Input("gradients", tooltip="From Collect Gradients with response on."),
                 io.Float.Input(
@@ -125,6 +127,7 @@ class FitWords(io.ComfyNode):
             category="ELROND",
             description="Finds the pairs of opposite words between which the images vary most, as directions with "
             "names: dark → bright. Needs gradients with a response.",
+            **host.search_aliases("concept slider", "slider", "opposite words", "attributes"),
             inputs=[
                 GradientsIO.Input("gradients", tooltip="From Collect Gradients with response on."),
                 io.Clip.Input("clip", tooltip="The text encoder that the prompt was encoded with."),
@@ -173,6 +176,7 @@ class TrainSAE(io.ComfyNode):
             display_name="Train SAE (ELROND)",
             category="ELROND",
             description="Trains a TopK sparse autoencoder on the gradients; its dictionary holds the directions.",
+            **host.search_aliases("sparse autoencoder", "dictionary learning", "find directions"),
             inputs=[
                 GradientsIO.Input("gradients", tooltip="From Collect Gradients or Load Gradients; thousands help."),
                 io.Int.Input(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..demo import host_model as demo
+from . import host
 
 
 class LoadDemoModel(io.ComfyNode):
@@ -18,6 +19,7 @@ class LoadDemoModel(io.ComfyNode):
             display_name="Load Demo Model (ELROND)",
             category="ELROND",
             description="Loads a tiny model of coloured shapes that needs no GPU. Sample it at 64 x 64 pixels.",
+            **host.search_aliases("demo", "example model", "test model"),
             inputs=[
                 io.Combo.Input(
                     "name",

@@ -27,6 +27,7 @@ class ComposeDirections(io.ComfyNode):
             display_name="Compose Directions (ELROND)",
             category="ELROND",
             description="Makes a new set of directions: some of them, one mix, or all without their overlap.",
+            **host.search_aliases("mix sliders", "combine directions"),
             inputs=[
                 DirectionsIO.Input("directions", tooltip="From a fit or Load Directions."),
                 io.Combo.Input(
@@ -102,6 +103,7 @@ class LabelDirections(io.ComfyNode):
             category="ELROND",
             description="Suggests names: which adjective, put before the concept, moves its embedding the same way? "
             "Needs the text encoder only.",
+            **host.search_aliases("name sliders", "rename directions"),
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder that the directions were made with."),
                 DirectionsIO.Input("directions", tooltip="From a fit or Load Directions."),

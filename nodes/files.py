@@ -1,4 +1,4 @@
-"""Save and load directions and gradients: safetensors files in ComfyUI's output and models folders."""
+"""Save, load and export directions and gradients: safetensors files in ComfyUI's output and models folders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..elrond_core.gradients import Gradients
 from ..elrond_core.storage import format as files
 from ..elrond_core.storage.names import SUFFIX, safe_path
 from . import host
-from .types import DirectionsIO, GradientsIO, first_error
+from .types import RELATIVE, UNIT_INPUT, DirectionsIO, GradientsIO, first_error
 
 # Files that an error message names.
 _MAX_NAMED = 20
@@ -100,6 +100,7 @@ class SaveDirections(io.ComfyNode):
             display_name="Save Directions (ELROND)",
             category="ELROND/files",
             description="Saves directions as safetensors under output/elrond/directions, ready to share.",
+            **host.search_aliases("save sliders"),
             inputs=[
                 DirectionsIO.Input("directions", tooltip="What to save."),
                 _name_input("directions"),
@@ -135,6 +136,7 @@ class LoadDirections(io.ComfyNode):
             display_name="Load Directions (ELROND)",
             category="ELROND/files",
             description="Loads directions from models/elrond/directions or output/elrond/directions.",
+            **host.search_aliases("load sliders", "slider", "concept slider"),
             inputs=[
                 io.Combo.Input("name", options=listed("directions") or [""], tooltip="Which file; newest first."),
             ],
@@ -166,6 +168,56 @@ class LoadDirections(io.ComfyNode):
         ]
         lines += directions.lines()
         return io.NodeOutput(directions, "\n".join(lines))
+
+
+class ExportDirection(io.ComfyNode):
+    """Write one direction to output/elrond/exports, for programs other than this pack."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="ElrondExportDirection",
+            display_name="Export Direction (ELROND)",
+            category="ELROND/files",
+            description="Saves one direction as a plain tensor to add to the word's rows, for diffusers and other "
+            "programs.",
+            **host.search_aliases("diffusers", "embedding", "textual inversion", "save slider"),
+            inputs=[
+                DirectionsIO.Input("directions", tooltip="From a fit or Load Directions."),
+                io.Int.Input("index", default=0, min=0, max=65535, tooltip="Which direction; 0 is the first."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-1000.0,
+                    max=1000.0,
+                    step=0.05,
+                    tooltip="How far the tensor goes; whoever adds it can still multiply it. 0 is refused.",
+                ),
+                UNIT_INPUT,
+                io.String.Input("name", default="my direction", tooltip="File name; a slash makes a subfolder."),
+                _OVERWRITE,
+            ],
+            outputs=[io.String.Output(display_name="name", tooltip="The name it was saved under.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, name: str | None, strength: float | None = None) -> bool | str:
+        """Refuse a bad name and a strength of 0 before anything is computed for it."""
+        return first_error((safe_path, host.output_folder() / "exports", name), (files.check_strength, strength))
+
+    @classmethod
+    def execute(
+        cls, directions: Directions, index: int, strength: float, unit: str, name: str, overwrite: bool
+    ) -> io.NodeOutput:
+        """Save."""
+        folder = host.output_folder() / "exports"
+        path = files.save_delta(
+            directions, index, strength, safe_path(folder, name), relative=unit == RELATIVE, overwrite=overwrite
+        )
+        saved = path.relative_to(folder).as_posix().removesuffix(SUFFIX)
+        return io.NodeOutput(saved, ui=ui.PreviewText(f"Saved direction {index} as exports/{saved}"))
 
 
 class SaveGradients(io.ComfyNode):
@@ -236,4 +288,4 @@ class LoadGradients(io.ComfyNode):
         return io.NodeOutput(files.load_gradients(find("gradients", name)))
 
 
-NODES = [SaveDirections, LoadDirections, SaveGradients, LoadGradients]
+NODES = [SaveDirections, LoadDirections, ExportDirection, SaveGradients, LoadGradients]

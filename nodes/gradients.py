@@ -28,6 +28,7 @@ class CollectGradients(io.ComfyNode):
                 "Back-propagates differences between realizations to the concept's embedding. "
                 "The slow step: one forward and one backward pass a gradient."
             ),
+            **host.search_aliases("find directions", "variation", "sliders"),
             inputs=[
                 io.Model.Input("model", tooltip="The model that made the realizations."),
                 io.Conditioning.Input("positive", tooltip="The prompt, from Encode Concept or Mark Concept."),
@@ -190,6 +191,7 @@ class MergeGradients(io.ComfyNode):
             category="ELROND",
             description="Puts gradients of one concept together that were collected apart: with other seeds, on other "
             "machines, or at other noise levels.",
+            **host.search_aliases("combine gradients"),
             inputs=[
                 GradientsIO.Input("first", tooltip="Gradients from Collect Gradients or Load Gradients."),
                 GradientsIO.Input(
@@ -231,6 +233,7 @@ class SelectGradients(io.ComfyNode):
             category="ELROND",
             description="Takes the gradients of one noise level out of several, or gives every level the same say; of "
             "a concept of several tokens, takes all rows, their mean, or one.",
+            **host.search_aliases("filter gradients"),
             inputs=[
                 GradientsIO.Input("gradients", tooltip="From Collect Gradients or Load Gradients."),
                 io.Int.Input(

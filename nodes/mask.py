@@ -24,6 +24,7 @@ class ConceptMask(io.ComfyNode):
             category="ELROND",
             description="Finds where in sampled images the concept is: where the model's estimate answers most when "
             "the concept's embedding is moved at random.",
+            **host.search_aliases("segment", "where is it", "DiffEdit"),
             inputs=[
                 io.Model.Input("model", tooltip="The model that made the images."),
                 io.Conditioning.Input("positive", tooltip="The prompt, from Encode Concept or Mark Concept."),

@@ -30,6 +30,7 @@ class EstimateLID(io.ComfyNode):
             display_name="Estimate LID (ELROND)",
             category="ELROND",
             description="Estimates a concept's dimension: the number of independent ways the model can vary it.",
+            **host.search_aliases("complexity", "intrinsic dimension", "diversity"),
             inputs=[GradientsIO.Input("gradients", tooltip="From Collect Gradients or Load Gradients.")],
             outputs=[
                 io.Float.Output(display_name="dimension", tooltip="The estimate."),
@@ -58,6 +59,7 @@ class CompareDirections(io.ComfyNode):
             description=(
                 "Compares what two sets of directions span: two concepts, two methods, or few gradients against many."
             ),
+            **host.search_aliases("similarity", "subspace"),
             inputs=[
                 DirectionsIO.Input(
                     "reference", tooltip="A: the set to measure against, such as the one from more data."
@@ -111,6 +113,7 @@ class MeasureDiversity(io.ComfyNode):
             category="ELROND",
             description="Measures how different the images of a batch are, and how well they show what a text says, "
             "to compare settings by numbers.",
+            **host.search_aliases("diversity", "Vendi score", "same face", "variation", "CLIP score"),
             inputs=[
                 io.Image.Input("images", tooltip="A batch of at least two images of one prompt."),
                 io.ClipVision.Input(
@@ -187,6 +190,7 @@ class MeasureLeak(io.ComfyNode):
             display_name="Measure Leak (ELROND)",
             category="ELROND",
             description="Measures how much of what a direction changes falls outside the concept.",
+            **host.search_aliases("locality", "background change"),
             inputs=[
                 io.Image.Input("before", tooltip="Images of the prompt as it is."),
                 io.Image.Input("after", tooltip="Images of the same seeds, steered."),

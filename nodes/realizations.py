@@ -22,6 +22,7 @@ class SampleRealizations(io.ComfyNode):
             display_name="Sample Realizations (ELROND)",
             category="ELROND",
             description="Samples many images of one prompt, as latents. Realization i depends on the seed and i only.",
+            **host.search_aliases("variation", "many seeds", "batch of seeds"),
             inputs=[
                 io.Model.Input("model", tooltip="The model whose variety you want to study."),
                 io.Conditioning.Input("positive", tooltip="The prompt, from Encode Concept or Mark Concept."),

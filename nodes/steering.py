@@ -75,6 +75,7 @@ class ApplyDirection(io.ComfyNode):
             category="ELROND",
             description="Steers the concept along one direction or several. Chain nodes to combine sets of directions, "
             "concepts or parts of the sampling.",
+            **host.search_aliases("slider", "sliders", "concept slider", "steer", "edit prompt", "attribute"),
             inputs=[
                 io.Conditioning.Input(
                     "conditioning", tooltip="From Encode Concept, Mark Concept or another Apply Direction."
@@ -149,6 +150,7 @@ class Diversify(io.ComfyNode):
             category="ELROND",
             description="Steers every image of a batch along directions of its own, so that a batch is no longer "
             "variations of one picture. Set the latent's batch size to the same count.",
+            **host.search_aliases("diversity", "variation", "same face", "mode collapse", "seed variance"),
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="From Encode Concept or Mark Concept."),
                 DirectionsIO.Input("directions", tooltip="From Fit PCA, Train SAE or Load Directions."),

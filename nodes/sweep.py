@@ -31,6 +31,7 @@ class DirectionSweep(io.ComfyNode):
             display_name="Direction Sweep (ELROND)",
             category="ELROND",
             description="Shows what directions do: a row a direction, a column a strength, the same seed throughout.",
+            **host.search_aliases("contact sheet", "XY plot", "grid", "compare strengths"),
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample with."),
                 io.Conditioning.Input("positive", tooltip="The prompt, from Encode Concept or Mark Concept."),

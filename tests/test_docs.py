@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -44,7 +45,28 @@ def named(table: str) -> list[str]:
 
 def test_every_node_has_a_page_and_every_page_a_node(schemas: dict) -> None:
     assert {page.stem for page in PAGES.glob("*.md")} == set(schemas)
-    assert {path.suffix for path in PAGES.iterdir()} == {".md"}
+    assert {path.suffix for path in PAGES.iterdir() if path.is_file()} == {".md"}
+
+
+def test_every_page_has_a_chinese_one(schemas: dict) -> None:
+    """Where ComfyUI's page looks for it: in a folder of the node's name. It has the rows of the English one."""
+    texts = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
+    assert {path.relative_to(PAGES).as_posix() for path in PAGES.glob("*/*")} == {f"{name}/zh.md" for name in schemas}
+    for node_id, names in texts.items():
+        english = (PAGES / f"{node_id}.md").read_text(encoding="utf-8")
+        page = (PAGES / node_id / "zh.md").read_text(encoding="utf-8")
+        lines = page.splitlines()
+        assert lines[0] == f"# {names['display_name']}" and len(lines) <= LONGEST, node_id
+        for heading, chinese, part in (("Inputs", "输入", "inputs"), ("Outputs", "输出", "outputs")):
+            assert named(section(page, chinese)) == named(section(english, heading)), node_id
+            shown = "".join(cells(section(page, chinese), 0))
+            assert all(entry["name"] in shown for entry in names[part].values()), node_id
+        for choice in re.findall(r"`([a-z ]+)`:", section(english, "Inputs")):
+            assert f"`{choice}`" in section(page, "输入"), (node_id, choice)
+        if "## When it complains" in english:
+            rows = [cells(section(*of), 0) for of in ((english, "When it complains"), (page, "报错时"))]
+            said = [[re.findall(r"\*(.+?)\*", cell) for cell in column] for column in rows]
+            assert said[0] == said[1], node_id
 
 
 def test_pages_name_every_input_and_output(schemas: dict) -> None:

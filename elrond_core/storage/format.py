@@ -43,6 +43,7 @@ _LAYOUTS: dict[str, dict[str, tuple[str, str]]] = {
         "response": ("F32", "MRd"),
         "response_sigma": ("F32", "M"),
     },
+    "delta": {"delta": ("F32", "Rd")},
 }
 _COMMON = {"format_version", "kind", "project_version", "family", "d", "rows", "prompt", "concept", "tokens"}
 _COMMON |= {"token_norm", "sigma", "count", "seed", "host"}
@@ -50,7 +51,11 @@ _COMMON |= {"token_norm", "sigma", "count", "seed", "host"}
 _OPTIONAL = {"latent_values", "seeds", "reach", "densities"}
 # Only where there are several noise levels.
 _OPTIONAL_TENSORS = {"response_sigma"}
-_KEYS = {"directions": _COMMON | {"method", "score_name", "names", "stars"}, "gradients": _COMMON}
+_KEYS = {
+    "directions": _COMMON | {"method", "score_name", "names", "stars"},
+    "gradients": _COMMON,
+    "delta": _COMMON | {"name", "strength"},
+}
 _KNOWN = {kind: keys | _OPTIONAL | {CHECKSUM} for kind, keys in _KEYS.items()}
 # Attributes of `Gradients` whose tensors have another name in files.
 _ATTRIBUTES = {"response": "probes", "response_sigma": "probe_sigma"}
@@ -129,6 +134,54 @@ def load_gradients(path: Path, *, family: str | None = None, width: int | None =
     """Read a gradients file; arguments and errors as for `load_directions`."""
     tensors, _, provenance = _read(path, "gradients", family, width)
     return Gradients(provenance=provenance, **{_ATTRIBUTES.get(name, name): tensor for name, tensor in tensors.items()})
+
+
+def save_delta(
+    directions: Directions, index: int, strength: float, path: Path, *, relative: bool = True, overwrite: bool = True
+) -> Path:
+    """Write one direction as a plain change of a conditioning, for programs that know nothing of ELROND.
+
+    The file holds one tensor, `delta`, float32 (R, d): what steering adds to the concept's R rows.
+
+    Args:
+        directions: where it is taken from.
+        index: which direction.
+        strength: how far to go; not 0.
+        path: the file; its folder is made if missing.
+        relative: the strength is in norms of the concept's own embedding, not in units of the embedding.
+        overwrite: replace a file that is there; if not, a number is added to the name while it is taken.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        ElrondError: if there is no such direction, the strength is 0 or not finite, or the file cannot be written.
+    """
+    vector = directions.pick(index)
+    check_strength(strength)
+    scale = strength * (directions.provenance.token_norm if relative else 1.0)
+    metadata = {"name": directions.names[index], "strength": repr(float(scale))}
+    content = _content(
+        path.name, "delta", {"delta": scale * vector.float()}, metadata, directions.provenance, directions.width
+    )
+    with _writing(path):
+        return _put(path, content, overwrite)
+
+
+def check_strength(strength: float) -> None:
+    """Refuse a strength of a change that is 0 or not finite."""
+    if not math.isfinite(strength) or strength == 0:
+        raise ElrondError(f"An exported direction needs a strength other than 0, not {strength}.")
+
+
+def load_delta(path: Path) -> tuple[torch.Tensor, Provenance]:
+    """Read what `save_delta` wrote: the change, float32 (R, d), and where it comes from.
+
+    Raises:
+        ElrondError: if the file is missing, damaged, or of another kind or version.
+    """
+    tensors, _, provenance = _read(path, "delta", None, None)
+    return tensors["delta"], provenance
 
 
 def _directions_content(directions: Directions, name: str) -> bytes:

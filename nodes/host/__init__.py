@@ -19,6 +19,7 @@ from .sampling import (
     stop_if_cancelled,
 )
 from .schedule import marked_at
+from .schema import search_aliases
 from .text import EncodedPrompt, encode, family_of, text_features
 from .upstream import texts_before
 from .words import rows_of, rows_with_words, span_of
@@ -55,6 +56,7 @@ __all__ = [
     "sample",
     "sampler_names",
     "scheduler_names",
+    "search_aliases",
     "shards_in",
     "sigma_of",
     "span_of",

@@ -829,3 +829,40 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     (inside / "out").symlink_to(tmp_path, target_is_directory=True)
     with pytest.raises(ElrondError, match="cannot be a file name here"):
         safe_path(inside, "out/x")
+
+
+def test_an_exported_direction_is_read_as_it_was_written(tmp_path: Path) -> None:
+    """A unit vector times the strength, and times the concept's norm where the strength is relative."""
+    for index, strength, relative in ((0, 0.5, True), (2, -3.0, False)):
+        path = files.save_delta(directions(), index, strength, tmp_path / "one.safetensors", relative=relative)
+        delta, origin = files.load_delta(path)
+        scale = strength * (HERE.token_norm if relative else 1.0)
+        assert torch.equal(delta, scale * directions().vectors[index])
+        assert origin == HERE
+        header = json.loads(path.read_bytes()[8:].split(b"}}", 1)[0] + b"}}")["__metadata__"]
+        assert (header["name"], float(header["strength"])) == (directions().names[index], scale)
+    second = files.save_delta(directions(), 1, 1.0, path, overwrite=False)
+    assert second.name == "one-2.safetensors"
+
+
+def test_an_exported_direction_that_is_damaged_or_another_thing_is_refused(tmp_path: Path) -> None:
+    path = files.save_delta(directions(), 0, 1.0, tmp_path / "one.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ElrondError, match="is damaged"):
+        files.load_delta(path)
+    files.save_directions(directions(), path)
+    with pytest.raises(ElrondError, match="holds directions, not delta"):
+        files.load_delta(path)
+    for strength in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ElrondError, match="needs a strength other than 0"):
+            files.save_delta(directions(), 0, strength, path)
+    with pytest.raises(ElrondError, match="There is no direction 4"):
+        files.save_delta(directions(), 4, 1.0, path)
+
+
+def test_an_exported_direction_of_this_format_is_still_read() -> None:
+    delta, origin = files.load_delta(GOLDEN / "delta-2.safetensors")
+    assert torch.equal(delta, 0.5 * HERE.token_norm * directions().vectors[0])
+    assert origin == HERE

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import translations
 
-from demo.browser import open_page
+from demo.browser import open_page, post
 from demo.server import PACK, Server
 
 
@@ -33,10 +33,15 @@ def test_the_server_hands_out_chinese_help_pages(server: Server) -> None:
         assert page.startswith(f"# {texts['display_name']}\n")
 
 
-@pytest.mark.parametrize("language", ["zh", "ja", "es"])
+@pytest.mark.parametrize("language", translations.LANGUAGES)
 def test_the_page_shows_a_node_in_its_language(server: Server, browser: Any, language: str) -> None:
     page = open_page(server, browser, settings={"Comfy.Locale": language})
     try:
+        old = page.evaluate("() => window.__COMFYUI_FRONTEND_VERSION__").startswith("1.32.")
+        if old and language != "de":
+            pytest.skip("ComfyUI's page of version 1.32 loses texts of packs when it loads its own of that language.")
+        if page.evaluate("() => window.app.extensionManager.setting.get('Comfy.Locale')") != language:
+            pytest.skip(f"This version of ComfyUI's page does not offer the language {language}.")
         shown = page.evaluate(
             """() => {
                 const node = window.LiteGraph.createNode('ElrondDiversify');
@@ -52,9 +57,9 @@ def test_the_page_shows_a_node_in_its_language(server: Server, browser: Any, lan
     finally:
         page.context.close()
         # The setting stays on the server, which other tests share.
-        open_page(server, browser, settings={"Comfy.Locale": "en"}).context.close()
+        post(server, "/settings", {"Comfy.Locale": "en"})
     wanted = translations.read(language)["ElrondDiversify"]
     assert shown["title"] == wanted["display_name"]
-    for name in ("conditioning", "directions"):
+    for name in ("conditioning", "directions", "count"):
         assert shown["inputs"][name] == wanted["inputs"][name]["name"]
     assert shown["outputs"] == [entry["name"] for entry in wanted["outputs"].values()]

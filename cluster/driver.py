@@ -6,9 +6,11 @@ autoscaler for more. What a worker makes goes from it to the store; the driver s
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +25,7 @@ from elrond_core.storage.shard_names import batches_of
 from .graph import jobs
 from .progress import Progress, duration
 from .schedule import FailedError, Plan, Task, clock
-from .store import RESULTS, WORKS, Store
+from .store import RESULTS, TIMES, WORKS, Store
 from .worker import ROOT, Settings, Worker, result_name
 
 # Seconds to wait for a message of any worker before the progress is shown again.
@@ -346,14 +348,18 @@ def collect(
         run.go()
     finally:
         run.close()
+    units = {job.node: job.unit.removesuffix("s") for job in jobs(settings.graph)}
+    for node, times in plan.times.items():
+        progress.say(
+            f"{statistics.median(times):.3g} s of a worker each {units[node]}, the median of {len(times)} ranges."
+        )
+    store.write(TIMES, json.dumps(plan.times).encode())
     progress.say(f"Done in {duration(clock() - began)}; {run.traffic.bytes} bytes went through the driver.")
     names = [result_name(settings, concept, plan.works(concept)) for concept in range(len(settings.names))]
     return [_read(store, name) for name in names]
 
 
 def _read(store: Store, name: str) -> dict[str, Any]:
-    import json
-
     return {"name": name, **json.loads(store.read(f"{RESULTS}/{name}/result.json"))}
 
 

@@ -130,6 +130,8 @@ class Plan:
         # Seconds a unit (an image, a gradient) by node, of the latest ranges.
         self._paces: dict[str, list[float]] = {}
         self.workers = 1
+        # Seconds a unit of all ranges by node.
+        self.times: dict[str, list[float]] = {}
 
     # What the driver asks and tells.
 
@@ -157,6 +159,7 @@ class Plan:
             if units and "seconds" in result:
                 paces = self._paces.setdefault(task.node, [])
                 paces.append(result["seconds"] / units)
+                self.times.setdefault(task.node, []).append(paces[-1])
                 del paces[:-_TIMES]
             state.made.update(task.batches())
             state.open.difference_update(task.batches())

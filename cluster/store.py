@@ -3,6 +3,7 @@
     works/NAME/00000000-4.safetensors   batches of the work NAME, as `elrond_core/storage/shards.py` writes them
     gradients/CONCEPT-NAME.safetensors  all gradients of a concept, for Load Gradients
     results/CONCEPT-NAME/               what the rest of the graph saved, and result.json
+    times.json                          seconds of a worker for an image or a gradient, in each range of the latest run
 
 Content decides every name, and a file that does not agree with its checksum counts as missing. So two runs on one store
 do no harm: they write the same files.
@@ -22,6 +23,8 @@ import fsspec
 from elrond_core.storage.atomic_write import atomic_write, make_folder
 
 WORKS, GRADIENTS, RESULTS = "works", "gradients", "results"
+# Seconds an image or a gradient of all ranges of the latest run, by node.
+TIMES = "times.json"
 
 
 class StoreError(RuntimeError):

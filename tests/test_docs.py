@@ -21,7 +21,19 @@ TEXTS = sorted(
     )
 )
 # A name in backticks that starts so is a path in the repository.
-FOLDERS = ("elrond_core/", "nodes/", "web/", "docs/", "demo/", "workflows/", "bench/", "tests/", "dev.py", ".ci/")
+FOLDERS = (
+    "elrond_core/",
+    "nodes/",
+    "cluster/",
+    "web/",
+    "docs/",
+    "demo/",
+    "workflows/",
+    "bench/",
+    "tests/",
+    "dev.py",
+    ".ci/",
+)
 # About one screen of the help panel.
 LONGEST = 50
 

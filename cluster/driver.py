@@ -206,14 +206,16 @@ class Run:
         if member.starts < 3:
             self._begin(member)
             return
-        self._refused.append(f"{member.name} does not start: {cause}")
+        self._refused.append(_ended(f"{member.name} does not start: {cause}"))
         self.progress.say(self._refused[-1])
 
     def _strike(self, member: _Member, cause: str, counts: bool = True) -> None:
         try:
             self.plan.failed(member.number, member.name, cause, counts)
         except FailedError as error:
-            raise RunError(f"{error} Everything else is kept: mend the cause, then run this again.") from None
+            raise RunError(
+                f"{_ended(str(error))} Everything else is kept: mend the cause, then run this again."
+            ) from None
 
     def _refuse(self, member: _Member, task: Task, origin: Mapping[str, str]) -> None:
         """Go on without a worker that would make other numbers."""
@@ -254,6 +256,11 @@ def _differences(one: Mapping[str, str], two: Mapping[str, str]) -> str:
     return "; ".join(parts)
 
 
+def _ended(text: str) -> str:
+    """A sentence with its full stop."""
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
 def _cause(error: Any) -> str:
     return " ".join(str(getattr(error, "cause", None) or error).split()) or type(error).__name__
 
@@ -272,6 +279,8 @@ def connect(address: str, workers: int, cards: int, comfyui: str = "") -> None:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A worker is as important as a ComfyUI that somebody starts; by default Ray gives way to all other programs.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     environment: dict[str, Any] = {"env_vars": {"COMFYUI_PATH": comfyui} if comfyui else {}}
     try:
         if address:

@@ -147,13 +147,11 @@ def pretended(store: Path, *misfortunes: str) -> Callable[[], Any]:
 
 
 def test_a_range_that_fails_three_times_stops_the_run(tmp_path: Path) -> None:
-    with pytest.raises(RunError) as error:
-        run(settings(tmp_path), 2, make=pretended(tmp_path, "fails", "fails"))
-    assert str(error.value).startswith("here (")
-    assert "gradients 3 to 3 of 'thing', as did 2 attempts before: Collect Gradients (node 7): no memory" in str(
-        error.value
+    message = (
+        r"here \(\d\) failed at gradients \d to \d of 'thing', as did 2 attempts before: Collect Gradients \(node 7\): "
     )
-    assert "Everything else is kept" in str(error.value)
+    with pytest.raises(RunError, match=message + r"no memory\. Everything else is kept"):
+        run(settings(tmp_path), 2, make=pretended(tmp_path, "fails", "fails"))
 
 
 def test_a_worker_that_dies_is_started_again(tmp_path: Path) -> None:
@@ -170,7 +168,7 @@ def test_a_worker_that_differs_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_does_not_start_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"worker 1 does not start: ComfyUI does not start: no such file No worker"):
+    with pytest.raises(RunError, match=r"worker 1 does not start: ComfyUI does not start: no such file\. No worker"):
         run(settings(tmp_path), make=pretended(tmp_path, "does not start"))
 
 

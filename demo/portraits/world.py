@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -235,27 +236,70 @@ def compose(factors: Factors, device: str | torch.device = "cpu") -> torch.Tenso
 
 def _compose(factors: Factors, atlas: Atlas) -> torch.Tensor:
     """One batch of `compose`."""
-    count, device = len(factors["skin"]), factors["skin"].device
     colours = role_colours(factors).transpose(1, 2)
+
+    def paint(below: torch.Tensor, layers: Layers, index: torch.Tensor) -> None:
+        painted = layers.base[index].baddbmm_(colours[:, :, layers.roles], layers.shares[index])
+        below += painted.unflatten(2, below.shape[2:])
+
+    figure = _stack(factors, atlas, 3, paint)
+    ground = colour("background", factors["background"].float())
+    return (figure[:, :3] + figure[:, 3:] * ground[:, :, None, None]).clamp(0, 1)
+
+
+def role_shares(factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
+    """What colours do to portraits: a picture is its base plus the sum over roles of share times colour.
+
+    Args:
+        factors: as `compose` takes them; `skin`, `hair_colour`, `clothes_hue` and `background` are not used.
+
+    Returns:
+        shares (N, 10, 64, 64) of the roles of `role_colours` and, last, of the background; base (N, 3, 64, 64).
+    """
+    device = factors["position"].device
+    atlas = load_atlas(str(device))
+    roles = len(atlas.roles)
+
+    def paint(below: torch.Tensor, layers: Layers, index: torch.Tensor) -> None:
+        for place, role in enumerate(layers.roles):
+            below[:, role] += layers.shares[index, place].unflatten(1, below.shape[2:])
+        below[:, roles:] += layers.base[index].unflatten(2, below.shape[2:])
+
+    figure = _stack(factors, atlas, roles + 3, paint)
+    return torch.cat([figure[:, :roles], figure[:, -1:]], dim=1), figure[:, roles:-1]
+
+
+def _stack(
+    factors: Factors, atlas: Atlas, channels: int, paint: Callable[[torch.Tensor, Layers, torch.Tensor], None]
+) -> torch.Tensor:
+    """Layers put on each other and moved to their position.
+
+    Args:
+        factors: categorical factors and positions, tensors of shape (N,) on the atlas's device.
+        atlas: the layers.
+        channels: number of channels that are painted.
+        paint: adds to the part of the channels (N, channels, height, width) below a group what the group's layers of
+            indices (N,) paint.
+
+    Returns:
+        (N, channels + 1, 64, 64); the last channel is what is seen of the background.
+    """
+    device, count = factors["position"].device, len(factors["position"])
     whole, phase = shift_of(factors["position"], atlas.phases)
-    # Channels: premultiplied colour, and what is seen of the background.
-    figure = torch.zeros(count, 4, IMAGE_SIZE, IMAGE_SIZE, device=device)
-    figure[:, 3] = 1
+    figure = torch.zeros(count, channels + 1, IMAGE_SIZE, IMAGE_SIZE, device=device)
+    figure[:, -1] = 1
     for group in _ORDER:
         layers = atlas.groups[group]
         value = factors[group] if group in CATEGORICAL else torch.zeros_like(phase)
         index = value * atlas.phases + phase
-        drawn = layers.base[index].baddbmm_(colours[:, :, layers.roles], layers.shares[index])
         top, bottom, left, right = layers.box
         shape = (bottom - top, right - left)
         below = figure[:, :, top:bottom, left:right]
         below *= layers.clear[index].unflatten(2, shape)
-        below[:, :3] += drawn.unflatten(2, shape)
+        paint(below[:, :-1], layers, index)
     # No layer reaches the border at any shift, so columns that come around are empty.
     columns = (torch.arange(IMAGE_SIZE, device=device) - whole[:, None]) % IMAGE_SIZE
-    figure = figure.gather(3, columns[:, None, None, :].expand_as(figure))
-    ground = colour("background", factors["background"].float())
-    return (figure[:, :3] + figure[:, 3:] * ground[:, :, None, None]).clamp(0, 1)
+    return figure.gather(3, columns[:, None, None, :].expand_as(figure))
 
 
 def draw(count: int, generator: torch.Generator, device: str | torch.device = "cpu") -> Factors:

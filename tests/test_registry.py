@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -109,6 +111,21 @@ def test_workflows_of_the_repository_are_sound() -> None:
             for step in job["steps"]:
                 assert ("run" in step) != ("uses" in step), path.name
                 assert "@v" in step.get("uses", "@v"), path.name
+
+
+def test_nodes_are_found_by_what_people_call_the_trouble(pack: ModuleType) -> None:
+    """Where the host's schema takes other words for its search; older hosts get none."""
+    from comfy_api.latest import io
+
+    known = "search_aliases" in {field.name for field in dataclasses.fields(io.Schema)}
+    words = {node.GET_SCHEMA().node_id: getattr(node.GET_SCHEMA(), "search_aliases", None) for node in pack.NODES}
+    wanted = {
+        "ElrondDiversify": {"diversity", "variation", "same face"},
+        "ElrondApplyDirection": {"slider"},
+        "ElrondMeasureDiversity": {"diversity"},
+    }
+    for node_id, some in wanted.items():
+        assert some <= set(words[node_id]) if known else not words[node_id]
 
 
 def shipped() -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import ray
 import ray.exceptions
+
 from elrond_core.storage.shard_names import batches_of
 
 from .graph import jobs

@@ -383,9 +383,9 @@ class SleepingWorker:
         sizes = recipe["sizes"][task.node]
         units = sum(sizes[i] for i in task.batches())
         seconds = units * recipe["seconds"][task.node] * self._slow * self._luck.choice(recipe["spread"])
-        # The first range of a work reads the realizations.
+        # The first gradients of a concept wait for its realizations to be read.
         where = f"{task.concept}-{task.node}"
-        seconds += recipe["load"] * (where != self._latest)
+        seconds += recipe["load"] * (where != self._latest and task.node == "7")
         self._latest = where
         if self._luck.random() < recipe["straggling_ranges"]:
             seconds *= recipe["straggling_factor"]
@@ -427,7 +427,9 @@ def simulate(scale: float, workers: int, concepts: int) -> None:
     }
     range_seconds = 120.0
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
+        "local",
         num_cpus=workers,
         include_dashboard=False,
         object_store_memory=100 * 2**20,

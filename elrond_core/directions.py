@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .errors import ElrondError
+from .errors import ElrondError, NotFoundError
 from .provenance import Provenance
 
 
@@ -66,10 +66,10 @@ class Directions:
         """Direction `index`, (R, d).
 
         Raises:
-            ElrondError: if there is no such direction.
+            NotFoundError: if there is no such direction.
         """
         if not 0 <= index < len(self):
-            raise ElrondError(f"There is no direction {index}: this set holds 0 to {len(self) - 1}.")
+            raise NotFoundError(f"There is no direction {index}: this set holds 0 to {len(self) - 1}.")
         return self.vectors[index]
 
     def digest(self, index: int) -> str:

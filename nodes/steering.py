@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from comfy_api.latest import io
 from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.prompt import Concept
+from ..elrond_core.steering.apply import acting_together
 from ..elrond_core.steering.draws import (
     DENSITY,
     EQUAL,
@@ -26,8 +28,10 @@ from ..elrond_core.steering.draws import (
 )
 from . import host
 from .types import ABSOLUTE, CONCEPT_INPUT, RELATIVE, UNIT_INPUT, DirectionsIO, first_error, seed_input
-from .widget_text import strengths_of
+from .widget_text import strengths_of, windows_of
 
+# Characters of strengths that are sent to the browser: mixes of thousands of directions are long.
+_MOST_SENT = 2**20
 # The choices of Diversify's `weights`, as saved graphs name them.
 _WEIGHTS = {"equal": EQUAL, "by score": SCORE, "by firing density": DENSITY}
 
@@ -129,13 +133,19 @@ class ApplyDirection(io.ComfyNode):
     ) -> io.NodeOutput:
         """Steer the marked entries."""
         amounts = strengths_of(strengths) or {index: strength}
-        vector = torch.stack([amount * directions.pick(i) for i, amount in amounts.items()]).sum(0)
+        own = windows_of(strengths)
+        windows = [own.get(i, (start, end)) for i in amounts]
+        for window in windows:
+            check_share(*window)
+        steps = torch.stack([amount * directions.pick(i) for i, amount in amounts.items()])
+        parts = [(first, last, steps[list(acting)].sum(0)) for first, last, acting in acting_together(windows)]
 
-        def change(prompt: host.MarkedPrompt) -> tuple[tuple[int, ...], torch.Tensor]:
+        def changes(prompt: host.MarkedPrompt) -> tuple[tuple[int, ...], list[tuple[float, float, torch.Tensor]]]:
             target, norm = concept_and_norm(prompt, directions, concept)
-            return target.rows, (norm if unit == RELATIVE else 1.0) * vector
+            scale = norm if unit == RELATIVE else 1.0
+            return target.rows, [(first, last, scale * vector) for first, last, vector in parts]
 
-        return io.NodeOutput(host.steer_conditioning(conditioning, change, start, end, mask))
+        return io.NodeOutput(host.steer_over_time(conditioning, changes, mask))
 
 
 class Diversify(io.ComfyNode):
@@ -255,16 +265,39 @@ class Diversify(io.ComfyNode):
             target, norm = concept_and_norm(prompt, directions, concept)
             return target.rows, (norm if unit == RELATIVE else 1.0) * changes
 
-        lines = [f"image {i}: {_description(directions, draw, unit)}" for i, draw in enumerate(draws)]
-        return io.NodeOutput(host.steer_conditioning(conditioning, change, start, end, mask), "\n".join(lines))
+        texts = [_strengths(directions, draw) for draw in draws]
+        names = [_leading_names(directions, draw) for draw in draws]
+        report = "\n".join(
+            f"image {i}: strengths {text} in {unit}{f' ({name})' if name else ''}"
+            for i, (text, name) in enumerate(zip(texts, names, strict=True))
+        )
+        steered = host.steer_conditioning(conditioning, change, start, end, mask)
+        # For the panel. The host does not count texts under such names as outputs.
+        fitting = sum(size <= _MOST_SENT for size in itertools.accumulate(map(len, texts)))
+        summaries = [_summary(directions, draw) for draw in draws[:fitting]]
+        shown = {"elrond_strengths": texts[:fitting], "elrond_summaries": summaries, "elrond_unit": [unit]}
+        return io.NodeOutput(steered, report, ui=shown)
 
 
-def _description(directions: Directions, draw: Draw, unit: str) -> str:
-    """A draw as text for Apply Direction, its largest strengths first, and the names of the three largest."""
-    parts = sorted(parts_of(directions, draw).items(), key=lambda part: -abs(part[1]))
-    strengths = ", ".join(f"{k}: {part:.5g}" for k, part in parts)
-    named = ", ".join(f"{k} is {name}" for k, _ in parts[:3] if (name := directions.names[k]))
-    return f"strengths {strengths} in {unit}" + (f" ({named})" if named else "")
+def _by_size(directions: Directions, draw: Draw) -> list[tuple[int, float]]:
+    return sorted(parts_of(directions, draw).items(), key=lambda part: -abs(part[1]))
+
+
+def _strengths(directions: Directions, draw: Draw) -> str:
+    """A draw as text for Apply Direction, its largest strengths first."""
+    return ", ".join(f"{k}: {part:.5g}" for k, part in _by_size(directions, draw))
+
+
+def _leading_names(directions: Directions, draw: Draw) -> str:
+    """The names of the three directions that are largest in a draw."""
+    return ", ".join(f"{k} is {name}" for k, _ in _by_size(directions, draw)[:3] if (name := directions.names[k]))
+
+
+def _summary(directions: Directions, draw: Draw) -> str:
+    """The three largest strengths of a draw, each with the name of its direction."""
+    return ", ".join(
+        f"{directions.names[k] or f'direction {k}'} {part:.2g}" for k, part in _by_size(directions, draw)[:3]
+    )
 
 
 NODES = [ApplyDirection, Diversify]

@@ -18,7 +18,7 @@ import torch
 
 from .. import __version__
 from ..directions import Directions
-from ..errors import ElrondError
+from ..errors import ElrondError, NotFoundError
 from ..gradients import Gradients
 from ..provenance import Provenance
 from .atomic_write import atomic_write, locked, make_folder, reason, remove_abandoned
@@ -274,7 +274,7 @@ def _read(path: Path, kind: str, family: str | None, width: int | None) -> tuple
     try:
         tensors, metadata = read(path, check)
     except FileNotFoundError as error:
-        raise ElrondError(f"There is no file {path.name}.") from error
+        raise NotFoundError(f"There is no file {path.name}.") from error
     check_values(path.name, kind, tensors)
     return tensors, metadata, about[0][0]
 

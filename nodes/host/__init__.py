@@ -4,7 +4,7 @@ from .conditioning import MARK, MarkedPrompt, check_one_image, mark, marked
 from .denoiser import HostDenoiser, with_denoiser
 from .features import image_features, through_features
 from .matching import RowFinder, Text
-from .parts import resized, steer_conditioning
+from .parts import resized, steer_conditioning, steer_over_time
 from .paths import file_folders, make_folders, output_folder, routes
 from .resume import HOST, kept_training, open_shards, origin, shards_in, training_device, work_name
 from .sampling import (
@@ -61,6 +61,7 @@ __all__ = [
     "sigma_of",
     "span_of",
     "steer_conditioning",
+    "steer_over_time",
     "stop_if_cancelled",
     "text_features",
     "texts_before",

@@ -131,7 +131,7 @@ def test_randomise_moves_what_is_on_and_stays_in_its_range(page: Any, stored: st
 
 def test_a_slider_may_have_ends_of_its_own(page: Any, stored: str) -> None:
     show(page, stored)
-    page.get_by_label("Ends of the slider of direction 1").press("Enter")
+    page.get_by_label("Ends of the slider, and start and end, of direction 1").press("Enter")
     for end, value in (("Highest", "3"), ("Lowest", "2")):
         field = page.get_by_label(f"{end} strength of direction 1", exact=True)
         field.fill(value)
@@ -279,7 +279,7 @@ def test_the_panel_can_be_read(server: Server, browser: Any, stored: str, theme:
     thumbnail.scroll_into_view_if_needed()
     page.wait_for_function("(image) => image.naturalWidth > 0", arg=thumbnail.element_handle())
     page.get_by_label("Use direction 0", exact=True).check()
-    page.get_by_label("Ends of the slider of direction 0", exact=True).click()
+    page.get_by_label("Ends of the slider, and start and end, of direction 0", exact=True).click()
     page.wait_for_timeout(500)
     shot(page, f"panel-{theme}")
     pairs = page.evaluate(

@@ -199,6 +199,28 @@ def test_prompts_with_regions_of_their_own_are_diversified_one_by_one(
     assert (found - estimate(beside(ball, box))).abs().amax((1, 2, 3)).min() > 1e-2
 
 
+def test_the_panel_is_sent_what_every_image_got(
+    nodes: dict[str, Any], teacher: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = replace(directions(), names=("", "round", ""))
+    out = nodes["ElrondDiversify"].execute(
+        teacher.positive, known, 3, 5, 0.3, 0.6, "absolute", 2, 0, True, 0.0, 1.0, ""
+    )
+    lines = [line.partition(": strengths ")[2] for line in out.args[1].splitlines()]
+    assert [line.split(" in ")[0] for line in lines] == out.ui["elrond_strengths"]
+    assert out.ui["elrond_unit"] == ["absolute"]
+    for strengths, summary in zip(out.ui["elrond_strengths"], out.ui["elrond_summaries"], strict=True):
+        largest = strengths.partition(":")[0]
+        assert summary.startswith({"1": "round "}.get(largest, f"direction {largest} "))
+    monkeypatch.setattr(
+        sys.modules[nodes["ElrondDiversify"].__module__], "_MOST_SENT", sum(map(len, out.ui["elrond_strengths"][:2]))
+    )
+    few = nodes["ElrondDiversify"].execute(
+        teacher.positive, known, 3, 5, 0.3, 0.6, "absolute", 2, 0, True, 0.0, 1.0, ""
+    )
+    assert few.ui["elrond_strengths"] == out.ui["elrond_strengths"][:2] and len(few.ui["elrond_summaries"]) == 2
+
+
 @pytest.mark.parametrize(("how", "mix"), [("random", 1), ("random", 2), ("spread", 1), ("natural", 1)])
 def test_the_report_makes_an_image_of_a_batch_again(
     nodes: dict[str, Any], teacher: SimpleNamespace, how: str, mix: int

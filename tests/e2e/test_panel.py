@@ -1,0 +1,348 @@
+"""What the panel keeps and copies: first look, App mode, reload, copy, undo, parts of the sampling, batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from demo.browser import PATIENCE, open_page, post
+from demo.server import Server
+from elrond_core.storage.format import load_directions
+from tests.e2e.pages import ROOT, graph, queued, run, shot, show, strengths
+
+WORDS = "demo thing words"
+LOAD_API = "async (graph) => await window.app.loadApiJson(graph, 'graph')"
+OPEN = "async (graph) => await window.app.loadGraphData(graph, true, true, 'again')"
+SERIALIZE = "() => window.app.graph.serialize()"
+
+
+def head(page: Any, node: int) -> Any:
+    """The button that unfolds the panel of a node."""
+    page.wait_for_function("(id) => window.app.graph.getNodeById(id)?.elrondPanel?.file", arg=node)
+    page.evaluate("(id) => { window.app.graph.getNodeById(id).elrondPanel.root.id = `panel-${id}`; }", node)
+    return page.locator(f"#panel-{node} .elrond-head")
+
+
+def expanded(page: Any, node: int) -> bool:
+    return head(page, node).get_attribute("aria-expanded") == "true"
+
+
+def set_field(page: Any, label: str, value: str) -> None:
+    field = page.get_by_label(label, exact=True)
+    field.fill(value)
+    field.press("Tab")
+
+
+def unfold_row(page: Any, title: str) -> None:
+    page.get_by_label(f"Ends of the slider, and start and end, of {title}", exact=True).click()
+
+
+def test_a_first_look_shows_names_and_pictures(page: Any) -> None:
+    """Names while the list is closed, and pictures and the scores' name as soon as it is open."""
+    page.evaluate(LOAD_API, graph(WORDS))
+    assert "dark → bright, red → blue" in head(page, 4).text_content() and not expanded(page, 4)
+    head(page, 4).evaluate("(head) => head.click()")
+    panel = page.locator("#panel-4")
+    picture = panel.get_by_alt_text("What dark → bright does")
+    page.wait_for_function("(image) => image.naturalWidth > 0", arg=picture.element_handle())
+    assert panel.get_by_label("Name of direction 1").input_value() == "red → blue"
+    assert panel.locator(".elrond-columns span").all_inner_texts() == [
+        "direction",
+        "latent variance per unit of change",
+    ]
+    assert expanded(page, 4)
+    page.evaluate(OPEN, page.evaluate(SERIALIZE))
+    assert expanded(page, 4) and not expanded(page, 3)
+
+
+def test_names_may_have_joiners(page: Any, server: Server, stored: str) -> None:
+    show(page, stored)
+    field = page.locator(".elrond-panel").first.get_by_label("Name of direction 3")
+    field.fill("👩‍🚀 می‌خواهم")
+    field.press("Tab")
+    page.get_by_label("Strength of 👩‍🚀 می‌خواهم", exact=True).wait_for()
+    kept = load_directions(server.output / "elrond" / "directions" / f"{stored}.safetensors")
+    assert kept.names[3] == "👩‍🚀 می‌خواهم"
+
+
+@pytest.fixture
+def app_mode(server: Server, browser: Any) -> Iterator[Any]:
+    """A page whose frontend has App mode."""
+    page = open_page(server, browser)
+    # An introduction that the frontend shows once.
+    page.add_locator_handler(page.get_by_role("button", name="Skip", exact=True), lambda button: button.click())
+    labels = page.evaluate("() => window.app.extensionManager.command.commands.map((each) => each.label)")
+    if "Toggle App Mode" not in [label if isinstance(label, str) else "" for label in labels]:
+        page.context.close()
+        pytest.skip("This frontend has no App mode: ELROND_FRONTEND names a newer one.")
+    yield page
+    page.context.close()
+
+
+TOGGLE_APP = "() => window.app.extensionManager.command.execute('Comfy.ToggleLinear')"
+
+
+def test_sliders_in_app_mode(app_mode: Any, server: Server, stored: str) -> None:
+    """The list of directions is an input that an app may show. What it sets is what runs, here and in the graph."""
+    page = app_mode
+    show(page, stored)
+    plain = queued(page, server)
+    saved = page.evaluate(SERIALIZE)
+    saved["extra"]["linearData"] = {"inputs": [[4, "elrond_panel"], [6, "seed"]], "outputs": [8]}
+    page.evaluate(OPEN, saved)
+    head(page, 4)
+    page.evaluate(TOGGLE_APP)
+    item = page.get_by_test_id("app-mode-widget-item").filter(has=page.locator(".elrond-panel"))
+    item.wait_for()
+    assert item.get_by_test_id("builder-widget-label").inner_text().strip() == "Directions"
+    item.get_by_label("Use direction 0", exact=True).check()
+    slider = item.get_by_label("Strength of direction 0", exact=True)
+    slider.press("End")
+    assert strengths(page) == "0: 1"
+    box, outer = (each.bounding_box() for each in (item.get_by_label("Look at the files again"), item))
+    assert box["x"] + box["width"] <= outer["x"] + outer["width"] + 1
+    shot(page, "app")
+    assert np.abs(queued(page, server) - plain).max() > 20
+    # The app is kept in the workflow, and its inputs are found again.
+    again = page.evaluate(SERIALIZE)
+    page.evaluate(OPEN, again)
+    item.get_by_label("Use direction 0", exact=True).wait_for()
+    assert item.get_by_label("Strength of direction 0", exact=True).input_value() == "1"
+    page.evaluate(TOGGLE_APP)
+    assert expanded(page, 4)
+    assert page.locator("#panel-4").get_by_label("Strength of direction 0", exact=True).input_value() == "1"
+
+
+def test_sliders_stand_where_they_stood_after_a_reload(server: Server, browser: Any, stored: str) -> None:
+    page = open_page(server, browser, settings={"Comfy.Workflow.Persist": True})
+    try:
+        show(page, stored)
+        page.get_by_label("Use direction 1", exact=True).check()
+        page.get_by_label("Strength of direction 1", exact=True).press("End")
+        unfold_row(page, "direction 1")
+        set_field(page, "Highest strength of direction 1", "2")
+        assert strengths(page) == "1: 1"
+        # The frontend saves what has changed a moment later.
+        page.wait_for_timeout(3000)
+        page.reload()
+        page.wait_for_function("() => window.app?.vueAppReady && window.app.graph?.getNodeById(4)?.elrondPanel?.file")
+        assert strengths(page) == "1: 1"
+        slider = page.get_by_label("Strength of direction 1", exact=True)
+        assert page.get_by_label("Use direction 1", exact=True).is_checked()
+        assert (slider.input_value(), slider.get_attribute("max")) == ("1", "2")
+    finally:
+        page.context.close()
+        post(server, "/settings", {"Comfy.Workflow.Persist": False})
+
+
+def test_a_copy_has_sliders_of_its_own(page: Any, stored: str) -> None:
+    show(page, stored)
+    page.get_by_label("Use direction 0", exact=True).check()
+    page.get_by_label("Strength of direction 0", exact=True).press("End")
+    unfold_row(page, "direction 0")
+    set_field(page, "Highest strength of direction 0", "2")
+    page.evaluate(
+        """() => {
+            const { canvas } = window.app;
+            canvas.ds.offset = [120, 320];
+            canvas.setDirty(true, true);
+            document.activeElement.blur();
+        }"""
+    )
+    page.wait_for_timeout(300)
+    page.mouse.click(500 + 120 + 200, 320 - 15)
+    page.keyboard.press("Control+c")
+    page.keyboard.press("Control+Shift+v")
+    page.wait_for_function(
+        "() => window.app.graph.nodes.filter((n) => n.comfyClass === 'ElrondApplyDirection').length > 1"
+    )
+    copy = page.evaluate(
+        "() => window.app.graph.nodes.find((n) => n.comfyClass === 'ElrondApplyDirection' && n.id != 4).id"
+    )
+    head(page, copy)
+    page.evaluate("(id) => { window.app.graph.getNodeById(id).pos = [1000, 0]; }", copy)
+    panel = page.locator(f"#panel-{copy}")
+    slider = panel.get_by_label("Strength of direction 0", exact=True)
+    slider.wait_for()
+    assert (slider.input_value(), slider.get_attribute("max")) == ("1", "2")
+    slider.evaluate("(slider) => { slider.value = -1; slider.dispatchEvent(new Event('input')); }")
+    value = "(id) => window.app.graph.getNodeById(id).widgets.find((w) => w.name === 'strengths').value"
+    assert (page.evaluate(value, copy), page.evaluate(value, 4)) == ("0: -1", "0: 1")
+    kept = "window.app.graph.getNodeById(4).properties.elrond"
+    assert page.evaluate(f"(id) => window.app.graph.getNodeById(id).properties.elrond !== {kept}", copy)
+
+
+def test_undo_and_redo_move_the_slider(page: Any, stored: str) -> None:
+    show(page, stored)
+    page.evaluate("() => window.app.extensionManager.workflow.activeWorkflow.changeTracker.reset()")
+    page.get_by_label("Use direction 0", exact=True).check()
+    page.get_by_label("Strength of direction 0", exact=True).press("End")
+    page.evaluate("() => document.activeElement.blur()")
+    page.wait_for_function("() => window.app.extensionManager.workflow.activeWorkflow.isModified")
+    page.wait_for_timeout(500)
+    assert strengths(page) == "0: 1"
+    value = "window.app.graph.getNodeById(4)?.widgets.find((w) => w.name === 'strengths').value"
+    for _ in range(4):
+        page.keyboard.press("Control+z")
+        page.wait_for_timeout(700)
+        if page.evaluate(f"() => {value}") == "":
+            break
+    page.wait_for_function(f"() => {value} === ''")
+    head(page, 4)
+    assert not page.locator("#panel-4").get_by_label("Use direction 0", exact=True).is_checked()
+    for _ in range(4):
+        page.keyboard.press("Control+y")
+        page.wait_for_timeout(700)
+        if page.evaluate(f"() => {value}") == "0: 1":
+            break
+    page.wait_for_function(f"() => {value} === '0: 1'")
+    head(page, 4)
+    slider = page.locator("#panel-4").get_by_label("Strength of direction 0", exact=True)
+    assert page.locator("#panel-4").get_by_label("Use direction 0", exact=True).is_checked()
+    assert slider.input_value() == "1"
+
+
+def test_a_direction_acts_in_its_own_part_of_the_sampling(page: Any, server: Server, stored: str) -> None:
+    show(page, stored)
+    page.get_by_label("Use direction 0", exact=True).check()
+    page.get_by_label("Strength of direction 0", exact=True).press("End")
+    whole = queued(page, server)
+    unfold_row(page, "direction 0")
+    set_field(page, "Start of direction 0", "0.5")
+    assert strengths(page) == "0: 1 @ 0.5-1"
+    late = queued(page, server)
+    assert np.abs(late - whole).max() > 20
+    # The slider keeps it, also while it is off.
+    page.get_by_label("Strength of direction 0", exact=True).press("ArrowLeft")
+    assert strengths(page) == "0: 0.99 @ 0.5-1"
+    page.get_by_label("Use direction 0", exact=True).uncheck()
+    assert strengths(page) == ""
+    set_field(page, "End of direction 0", "0.75")
+    page.get_by_label("Use direction 0", exact=True).check()
+    assert strengths(page) == "0: 0.99 @ 0.5-0.75"
+    set_field(page, "Start of direction 0", "0.8")
+    assert page.get_by_text("A direction starts before it ends, between 0 and 1.").is_visible()
+    assert strengths(page) == "0: 0.99 @ 0.5-0.75"
+    # Emptied, it follows the node's start and end again.
+    set_field(page, "Start of direction 0", "")
+    page.get_by_label("Strength of direction 0", exact=True).press("End")
+    assert strengths(page) == "0: 1"
+    page.evaluate("() => { window.app.graph.getNodeById(4).widgets.find((w) => w.name === 'start').value = 0.5; }")
+    page.wait_for_function(
+        """() => [...document.querySelectorAll('[aria-label="Start of direction 0"]')]
+            .some((field) => field.placeholder === '0.5')"""
+    )
+    assert (queued(page, server) == late).all()
+
+
+def test_randomise_keeps_to_a_total(page: Any, server: Server, stored: str) -> None:
+    """The length of the sum of the directions, which are not orthogonal."""
+    vectors = load_directions(server.output / "elrond" / "directions" / f"{stored}.safetensors").vectors.flatten(1)
+    show(page, stored)
+    for index in (0, 1, 2):
+        page.get_by_label(f"Use direction {index}", exact=True).check()
+    set_field(page, "Total strength that Randomise keeps to", "0.6")
+    seen = {strengths(page)}
+    for _ in range(3):
+        page.get_by_role("button", name="Randomise").click()
+        for _ in range(PATIENCE // 100):
+            if strengths(page) not in seen:
+                break
+            page.wait_for_timeout(100)
+        text = strengths(page)
+        assert text not in seen
+        seen.add(text)
+        parts = {int(part.split(": ")[0]): float(part.split(": ")[1]) for part in text.split(", ")}
+        assert set(parts) == {0, 1, 2}
+        assert float(sum(value * vectors[index] for index, value in parts.items()).norm()) == pytest.approx(
+            0.6, abs=1e-3
+        )
+    set_field(page, "Total strength that Randomise keeps to", "")
+
+
+def diversified(count: int) -> dict[str, Any]:
+    """A batch whose images have steps of their own, and beside it the same batch with the same step for all."""
+    nodes = graph(WORDS)
+    nodes["5"]["inputs"]["batch_size"] = count
+    apply, sampler, decode, preview = (nodes[key] for key in "4678")
+    for key, node in (("14", apply), ("16", sampler), ("17", decode), ("18", preview)):
+        nodes[key] = {**node, "inputs": dict(node["inputs"])}
+    nodes["16"]["inputs"]["positive"] = ["14", 0]
+    nodes["17"]["inputs"]["samples"] = ["16", 0]
+    nodes["18"]["inputs"]["images"] = ["17", 0]
+    drawing = {"count": count, "seed": 3, "lowest": 8.0, "highest": 9.0, "unit": "absolute", "mix": 2, "leading": 3}
+    drawing |= {"both_signs": True, "start": 0.0, "end": 0.7, "concept": "", "how": "random", "weights": "equal"}
+    wires = {"conditioning": ["2", 0], "directions": ["3", 0]}
+    nodes["4"] = {"class_type": "ElrondDiversify", "inputs": {**wires, **drawing}, "_meta": {"title": "Diversify"}}
+    return nodes
+
+
+def test_what_an_image_got_is_copied_to_the_sliders(page: Any, server: Server) -> None:
+    page.evaluate(LOAD_API, diversified(4))
+    page.wait_for_function("() => window.app.graph.getNodeById(14)?.elrondPanel?.file")
+    page.evaluate(
+        """() => {
+            for (const id of [6, 16]) {
+                const { widgets } = window.app.graph.getNodeById(id);
+                widgets.find((widget) => widget.name === 'control_after_generate').value = 'fixed';
+            }
+        }"""
+    )
+    assert page.get_by_role("button", name="What each image got").count() == 0
+    batch = run(page, server, "8")
+    page.get_by_role("button", name="What each image got").evaluate("(button) => button.click()")
+    rows = page.get_by_label("Images", exact=True).locator("li")
+    assert rows.count() == 4
+    page.get_by_label("Copy the strengths of image 2 to the sliders").evaluate("(button) => button.click()")
+    values = page.evaluate(
+        "() => Object.fromEntries(window.app.graph.getNodeById(14).widgets.map((w) => [w.name, w.value]))"
+    )
+    assert (values["unit"], values["start"], values["end"]) == ("absolute", 0, 0.7)
+    assert (
+        page.evaluate("() => window.app.graph.getNodeById(14).elrondPanel.root.querySelectorAll('li :checked').length")
+        == 2
+    )
+    again = run(page, server, "18")
+    assert np.abs(again[2] - batch[2]).max() <= 2
+    assert np.abs(again[1] - batch[1]).max() > 20
+
+    # Without such a node, one is made between the same wires.
+    page.get_by_label("Where the strengths are copied to").select_option("new")
+    page.get_by_label("Copy the strengths of image 3 to the sliders").evaluate("(button) => button.click()")
+    made = page.evaluate(
+        """async () => {
+            const node = window.app.graph.nodes.find((n) => n.comfyClass === 'ElrondApplyDirection' && n.id != 14);
+            const sampler = window.app.graph.getNodeById(16);
+            node.connect(0, sampler, sampler.inputs.findIndex((each) => each.name === 'positive'));
+            return (await window.app.graphToPrompt()).output[node.id].inputs;
+        }"""
+    )
+    assert (made["conditioning"], made["directions"]) == (["2", 0], ["3", 0])
+    assert (made["unit"], made["end"]) == ("absolute", 0.7)
+    assert np.abs(run(page, server, "18")[3] - batch[3]).max() <= 2
+
+
+def test_what_an_image_got_is_known_in_a_subgraph(page: Any, server: Server) -> None:
+    page.evaluate(LOAD_API, diversified(2))
+    page.evaluate(
+        """() => {
+            const node = window.app.graph.getNodeById(4);
+            window.wrapped = window.app.graph.convertToSubgraph(new Set([node])).node;
+        }"""
+    )
+    run(page, server, "8")
+    inside = "window.wrapped.subgraph.nodes.find((each) => each.elrondBatch)"
+    page.wait_for_function(f"() => {inside}.elrondBatch.got?.strengths.length === 2")
+    page.evaluate(f"() => {{ {inside}.elrondBatch.toggle(); {inside}.elrondBatch.copy(1); }}")
+    copied = page.evaluate("() => window.app.graph.getNodeById(14).widgets.find((w) => w.name === 'strengths').value")
+    assert copied == page.evaluate(f"() => {inside}.elrondBatch.got.strengths[1]")
+
+
+def test_shipped_directions_have_pictures() -> None:
+    for path in (ROOT / "demo" / "directions").glob("*.safetensors"):
+        shipped = load_directions(path)
+        for index in range(len(shipped)):
+            assert (ROOT / "demo" / "thumbnails" / f"{shipped.digest(index)}.png").is_file(), (path.name, index)

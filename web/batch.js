@@ -1,0 +1,169 @@
+// A list on Diversify of what each image of the batch got, with a button that copies it to the sliders of Apply Direction.
+//
+// It appears once the node has run: the strengths are drawn on the server, which sends them with the node's results.
+
+import { app } from "../../scripts/app.js";
+import { allNodes, effectiveWidget, feeding, pathsTo } from "./graph.js";
+import { LINE_HEIGHT, LOOK_EVERY, box, chain, fit, make, place } from "./parts.js";
+
+const DIVERSIFY = "ElrondDiversify";
+const APPLY = "ElrondApplyDirection";
+const CLOSED_HEIGHT = 34;
+const MOST_ROWS = 6;
+const ROW_HEIGHT = LINE_HEIGHT + 5;
+// Inputs that both nodes have and that must agree for an image to come out the same.
+const SHARED = ["start", "end", "concept"];
+const NEW = "new";
+
+class Batch {
+  constructor(node) {
+    this.node = node;
+    this.open = false;
+    this.got = null; // what the server sent: a text an image
+    chain(node, "onExecuted", (output) => this.show(output));
+    // Undo and another tab make the node anew; the frontend still has its results.
+    setTimeout(() => this.show(this.stored));
+  }
+
+  get stored() {
+    const { graph, id } = this.node;
+    return graph && (app.nodeOutputs?.[graph.isRootGraph === false ? `${graph.id}:${id}` : id] ?? null);
+  }
+
+  show(output) {
+    const strengths = output?.elrond_strengths;
+    if (!strengths?.length) return;
+    this.got = { strengths, summaries: output.elrond_summaries ?? [], unit: output.elrond_unit?.[0] };
+    if (!this.root) this.build();
+    this.draw();
+    fit(this.node);
+  }
+
+  build() {
+    this.head = make("button", { type: "button", className: "elrond-head", onclick: () => this.toggle() });
+    this.target = make("select", { "aria-label": "Where the strengths are copied to" });
+    this.bar = make("div", { className: "elrond-bar" }, "Copy to", this.target);
+    this.list = make("ul", { "aria-label": "Images" });
+    this.list.style.maxHeight = `${MOST_ROWS * ROW_HEIGHT}px`;
+    this.status = make("div", { role: "status" });
+    this.root = box(this.head, this.bar, this.list, this.status);
+    const widget = place(this.node, "elrond_batch", this.root, () => this.height());
+    widget.label = "What each image got";
+  }
+
+  height() {
+    return CLOSED_HEIGHT + (this.open ? 52 + Math.min(this.got.strengths.length, MOST_ROWS) * ROW_HEIGHT : 0);
+  }
+
+  toggle() {
+    this.open = !this.open;
+    if (this.open) app.canvas?.bringToFront?.(this.node);
+    this.draw();
+    fit(this.node, true);
+  }
+
+  draw(said = "") {
+    this.head.textContent = `${this.open ? "▾" : "▸"} What each image got`;
+    this.head.setAttribute("aria-expanded", String(this.open));
+    for (const part of [this.bar, this.list, this.status]) part.hidden = !this.open;
+    this.list.replaceChildren(...this.got.strengths.map((strengths, image) => this.row(strengths, image)));
+    this.drawTargets();
+    this.status.textContent = said;
+  }
+
+  row(strengths, image) {
+    return make(
+      "li",
+      {},
+      make("span", {
+        className: "elrond-got",
+        textContent: `image ${image}: ${this.got.summaries[image] ?? strengths}`,
+        title: `${strengths} in ${this.got.unit}`,
+      }),
+      make("button", {
+        type: "button",
+        textContent: "To sliders",
+        "aria-label": `Copy the strengths of image ${image} to the sliders`,
+        onclick: () => this.copy(image),
+      }),
+    );
+  }
+
+  /** The nodes whose sliders move the same directions. */
+  get targets() {
+    const source = (node) => feeding(node, "directions", pathsTo(node.graph)[0] ?? [])?.node;
+    const mine = source(this.node);
+    return allNodes().filter((node) => node.comfyClass === APPLY && mine && source(node) === mine);
+  }
+
+  drawTargets() {
+    const { targets } = this;
+    const shown = targets.map((node) => [`${node.graph.id}:${node.id}`, `${node.title} #${node.id}`]);
+    const wanted = JSON.stringify(shown);
+    if (wanted === this.shown) return;
+    this.shown = wanted;
+    const before = this.target.value;
+    const options = [...shown, [NEW, "a new Apply Direction"]];
+    this.target.replaceChildren(...options.map(([value, textContent]) => make("option", { value, textContent })));
+    if (options.some(([value]) => value === before)) this.target.value = before;
+  }
+
+  copy(image) {
+    this.drawTargets();
+    const chosen = this.targets.find((node) => `${node.graph.id}:${node.id}` === this.target.value);
+    const node = chosen ?? this.create();
+    const mine = (name) => one(this.node, name)?.value;
+    const values = {
+      strengths: this.got.strengths[image],
+      unit: this.got.unit,
+      ...Object.fromEntries(SHARED.map((name) => [name, mine(name)])),
+    };
+    const fed = Object.keys(values).filter((name) => values[name] !== undefined && !one(node, name));
+    if (fed.includes("strengths")) return this.draw(`The strengths of ${node.title} are not its own: they are set elsewhere.`);
+    for (const [name, value] of Object.entries(values)) {
+      const widget = value === undefined ? null : one(node, name);
+      if (!widget || widget.value === value) continue;
+      widget.value = value;
+      widget.callback?.(value);
+    }
+    node.elrondPanel?.unfold(true);
+    this.node.graph.change?.();
+    const left = fed.length ? ` Set its ${fed.join(", ")} yourself.` : "";
+    this.draw(`${node.title} #${node.id} now has what image ${image} got.${left}`);
+  }
+
+  /** A new node beside this one, between the same wires. */
+  create() {
+    const { graph } = this.node;
+    const node = LiteGraph.createNode(APPLY);
+    graph.add(node);
+    node.pos = [this.node.pos[0], this.node.pos[1] + this.node.size[1] + 60];
+    for (const name of ["conditioning", "directions", "mask"]) {
+      const input = this.node.inputs.find((each) => each.name === name);
+      const link = input?.link == null ? null : (graph.getLink?.(input.link) ?? graph.links[input.link]);
+      const slot = node.inputs.findIndex((each) => each.name === name);
+      if (!link || slot < 0) continue;
+      const origin = graph.getNodeById(link.origin_id);
+      if (origin) origin.connect(link.origin_slot, node, slot);
+      else graph.inputNode?.slots[link.origin_slot]?.connect(node.inputs[slot], node);
+    }
+    return node;
+  }
+}
+
+/** The widget whose value counts for an input; null if a node feeds it, or if each use of a subgraph has its own. */
+function one(node, name) {
+  const widgets = new Set(pathsTo(node.graph).map((path) => effectiveWidget(node, name, path)));
+  return widgets.size === 1 ? [...widgets][0] : null;
+}
+
+app.registerExtension({
+  name: "elrond.batch",
+  setup() {
+    const batches = () => allNodes().flatMap((node) => node.elrondBatch ?? []);
+    setInterval(() => batches().forEach((batch) => batch.open && batch.drawTargets()), LOOK_EVERY);
+  },
+  nodeCreated(node) {
+    if (node.comfyClass === DIVERSIFY) node.elrondBatch = new Batch(node);
+  },
+});

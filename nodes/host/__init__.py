@@ -3,6 +3,7 @@
 from .conditioning import MARK, MarkedPrompt, check_one_image, mark, marked
 from .denoiser import HostDenoiser, with_denoiser
 from .features import image_features, through_features
+from .image_clip import ImageClip
 from .matching import RowFinder, Text
 from .parts import resized, steer_conditioning, steer_over_time
 from .paths import file_folders, make_folders, output_folder, routes
@@ -21,7 +22,7 @@ from .sampling import (
 from .schedule import marked_at
 from .schema import search_aliases
 from .text import EncodedPrompt, encode, family_of, text_features
-from .upstream import texts_before
+from .upstream import ImageNode, image_nodes_before, texts_before, with_links
 from .words import rows_of, rows_with_words, span_of
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "MARK",
     "EncodedPrompt",
     "HostDenoiser",
+    "ImageClip",
+    "ImageNode",
     "MarkedPrompt",
     "RowFinder",
     "Text",
@@ -40,6 +43,7 @@ __all__ = [
     "family_of",
     "file_folders",
     "image_features",
+    "image_nodes_before",
     "kept_training",
     "make_folders",
     "mark",
@@ -68,5 +72,6 @@ __all__ = [
     "through_features",
     "training_device",
     "with_denoiser",
+    "with_links",
     "work_name",
 ]

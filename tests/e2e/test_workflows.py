@@ -23,7 +23,8 @@ from elrond_core.gradients import Gradients
 from elrond_core.provenance import Provenance
 from elrond_core.storage.format import load_directions, save_directions, save_gradients
 
-WORKFLOWS = Path(__file__).parents[2] / "workflows"
+WORKFLOWS = Path(__file__).parents[2] / "example_workflows"
+GRAPHS = Path(__file__).parents[2] / "workflows" / "api"
 NAMES = ["complexity", "discover", "diversify", "steer"]
 # Counts under which every workflow takes seconds; a significance of 0 keeps directions that so few gradients hide.
 SMALL: dict[str, dict[str, Any]] = {
@@ -38,7 +39,7 @@ WIDTH = 128
 
 
 def workflow(name: str) -> dict[str, Any]:
-    graph = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    graph = json.loads((GRAPHS / f"{name}.json").read_text(encoding="utf-8"))
     for node in graph.values():
         node["inputs"].update(SMALL.get(node["class_type"], {}))
     return graph

@@ -139,7 +139,7 @@ ENCODER_NODES = [
 
 
 @pytest.mark.parametrize(
-    ("family", "node", "module", "texts"), ENCODER_NODES, ids=[node for _, node, *_ in ENCODER_NODES]
+    ("family", "node", "module", "texts"), ENCODER_NODES, ids=["-".join(case[:2]) for case in ENCODER_NODES]
 )
 def test_the_hosts_encoders(
     family: str,  # noqa: F811

@@ -9,7 +9,6 @@ import torch
 from comfy_api.latest import io
 
 from ..elrond_core.errors import ElrondError
-from .widget_text import WORDS
 
 GradientsIO = io.Custom("ELROND_GRADIENTS")
 DirectionsIO = io.Custom("ELROND_DIRECTIONS")
@@ -28,13 +27,6 @@ CONCEPT_INPUT = io.String.Input(
     default="",
     tooltip="Which concept of the prompt to steer; dog #2 is the second marked dog. Empty: the one the directions were "
     "made for, or the first.",
-)
-WORDS_INPUT = io.String.Input(
-    "words",
-    default=WORDS,
-    multiline=True,
-    tooltip="Words or phrases to try, separated by commas. Give many, of all kinds: what they have in "
-    "common is left out.",
 )
 
 

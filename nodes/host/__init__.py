@@ -23,7 +23,7 @@ from .schedule import marked_at
 from .schema import search_aliases
 from .text import EncodedPrompt, encode, family_of, text_features
 from .upstream import ImageNode, image_nodes_before, texts_before, with_links
-from .words import rows_of, rows_with_words, span_of
+from .words import rows_of, rows_with_phrases, rows_with_words, span_of
 
 __all__ = [
     "HOST",
@@ -56,6 +56,7 @@ __all__ = [
     "resized",
     "routes",
     "rows_of",
+    "rows_with_phrases",
     "rows_with_words",
     "sample",
     "sampler_names",

@@ -119,6 +119,11 @@ class EncodedPrompt:
     A word's tokens are those that change when other words are put in its place: no other way leads through weights,
     textual inversions, chat templates and what tokenizers do to letters.
 
+    Args:
+        clip: CLIP.
+        prompt: the prompt.
+        conditioning: the prompt's conditioning, if it was encoded before.
+
     Attributes:
         conditioning: what the stock CLIPTextEncode node returns, or the node that an `ImageClip` is of.
         tokens: the prompt's tokens, without those of a chat template.
@@ -127,7 +132,7 @@ class EncodedPrompt:
         ElrondError: if the encoder makes no rows, or cuts text in an unknown way.
     """
 
-    def __init__(self, clip: Any, prompt: str) -> None:
+    def __init__(self, clip: Any, prompt: str, conditioning: Conditioning | None = None) -> None:
         encoder = clip.cond_stage_model
         if next(encoder.parameters(), None) is None:
             raise ElrondError(
@@ -136,7 +141,7 @@ class EncodedPrompt:
             )
         self._clip, self._prompt = clip, prompt
         with counted_images(encoder) as self._images:
-            self.conditioning = encode(clip, prompt)
+            self.conditioning = encode(clip, prompt) if conditioning is None else conditioning
         streams = clip.tokenize(prompt, return_word_ids=True)
         # Names of encoders. The rows of a group follow those of the group before; those within one are side by side.
         self._groups = _groups(encoder, streams)

@@ -15,7 +15,7 @@ from ..elrond_core.gradients import Gradients
 from ..elrond_core.storage import format as files
 from ..elrond_core.storage.names import SUFFIX, safe_path
 from . import host
-from .types import RELATIVE, UNIT_INPUT, DirectionsIO, GradientsIO, first_error
+from .types import ABSOLUTE, UNIT_INPUT, DirectionsIO, GradientsIO, first_error, in_unit
 
 # Files that an error message names.
 _MAX_NAMED = 20
@@ -214,8 +214,9 @@ class ExportDirection(io.ComfyNode):
     ) -> io.NodeOutput:
         """Save."""
         folder = host.output_folder() / "exports"
+        amount = in_unit(directions, {index: strength}, unit)[index]
         path = files.save_delta(
-            directions, index, strength, safe_path(folder, name), relative=unit == RELATIVE, overwrite=overwrite
+            directions, index, amount, safe_path(folder, name), relative=unit != ABSOLUTE, overwrite=overwrite
         )
         saved = path.relative_to(folder).as_posix().removesuffix(SUFFIX)
         return io.NodeOutput(saved, ui=ui.PreviewText(f"Saved direction {index} as exports/{saved}"))

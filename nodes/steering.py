@@ -27,7 +27,17 @@ from ..elrond_core.steering.draws import (
     parts_of,
 )
 from . import host
-from .types import ABSOLUTE, CONCEPT_INPUT, RELATIVE, UNIT_INPUT, DirectionsIO, first_error, seed_input
+from .types import (
+    ABSOLUTE,
+    AUTO,
+    CONCEPT_INPUT,
+    RELATIVE,
+    UNIT_INPUT,
+    DirectionsIO,
+    first_error,
+    in_unit,
+    seed_input,
+)
 from .widget_text import strengths_of, windows_of
 
 # Characters of strengths that are sent to the browser: mixes of thousands of directions are long.
@@ -132,7 +142,7 @@ class ApplyDirection(io.ComfyNode):
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         """Steer the marked entries."""
-        amounts = strengths_of(strengths) or {index: strength}
+        amounts = in_unit(directions, strengths_of(strengths) or {index: strength}, unit)
         own = windows_of(strengths)
         windows = [own.get(i, (start, end)) for i in amounts]
         for window in windows:
@@ -142,7 +152,7 @@ class ApplyDirection(io.ComfyNode):
 
         def changes(prompt: host.MarkedPrompt) -> tuple[tuple[int, ...], list[tuple[float, float, torch.Tensor]]]:
             target, norm = concept_and_norm(prompt, directions, concept)
-            scale = norm if unit == RELATIVE else 1.0
+            scale = 1.0 if unit == ABSOLUTE else norm
             return target.rows, [(first, last, scale * vector) for first, last, vector in parts]
 
         return io.NodeOutput(host.steer_over_time(conditioning, changes, mask))
@@ -259,11 +269,11 @@ class Diversify(io.ComfyNode):
             how,
             _WEIGHTS[weights],
         )
-        changes = torch.stack([change_of(directions, draw) for draw in draws])
+        changes = torch.stack([_change(directions, draw, unit) for draw in draws])
 
         def change(prompt: host.MarkedPrompt) -> tuple[tuple[int, ...], torch.Tensor]:
             target, norm = concept_and_norm(prompt, directions, concept)
-            return target.rows, (norm if unit == RELATIVE else 1.0) * changes
+            return target.rows, (1.0 if unit == ABSOLUTE else norm) * changes
 
         texts = [_strengths(directions, draw) for draw in draws]
         names = [_leading_names(directions, draw) for draw in draws]
@@ -297,6 +307,16 @@ def _summary(directions: Directions, draw: Draw) -> str:
     """The three largest strengths of a draw, each with the name of its direction."""
     return ", ".join(
         f"{directions.names[k] or f'direction {k}'} {part:.2g}" for k, part in _by_size(directions, draw)[:3]
+    )
+
+
+def _change(directions: Directions, draw: Draw, unit: str) -> torch.Tensor:
+    """The change (R, d) by a draw, in embedding units if `unit` is `ABSOLUTE`, else in token norms."""
+    if unit in (RELATIVE, ABSOLUTE) or (unit == AUTO and not directions.stops):
+        return change_of(directions, draw)
+    steps = in_unit(directions, parts_of(directions, draw), unit)
+    return torch.einsum(
+        "k,krd->rd", directions.vectors.new_tensor(list(steps.values())), directions.vectors[list(steps)]
     )
 
 

@@ -48,7 +48,7 @@ _LAYOUTS: dict[str, dict[str, tuple[str, str]]] = {
 _COMMON = {"format_version", "kind", "project_version", "family", "d", "rows", "prompt", "concept", "tokens"}
 _COMMON |= {"token_norm", "sigma", "count", "seed", "host"}
 # Files of earlier releases lack them.
-_OPTIONAL = {"latent_values", "seeds", "reach", "densities"}
+_OPTIONAL = {"latent_values", "seeds", "reach", "densities", "interval", "stops"}
 # Only where there are several noise levels.
 _OPTIONAL_TENSORS = {"response_sigma"}
 _KEYS = {
@@ -59,6 +59,10 @@ _KEYS = {
 _KNOWN = {kind: keys | _OPTIONAL | {CHECKSUM} for kind, keys in _KEYS.items()}
 # Attributes of `Gradients` whose tensors have another name in files.
 _ATTRIBUTES = {"response": "probes", "response_sigma": "probe_sigma"}
+# The largest strength, as the nodes' own fields have it.
+STRENGTH_LIMIT = 1000.0
+# Stops of one direction: far more than a slider shows.
+_MAX_STOPS = 201
 # Characters that would end a line, or are none.
 _NOT_IN_NAMES = {"Cc", "Cs", "Zl", "Zp"}
 
@@ -193,6 +197,8 @@ def _directions_content(directions: Directions, name: str) -> bytes:
         "reach": json.dumps(directions.natural_std),
         "densities": json.dumps(directions.densities),
     }
+    if directions.stops:
+        metadata |= {"interval": json.dumps(directions.intervals), "stops": json.dumps(directions.stops)}
     tensors = {"vectors": directions.vectors, "scores": directions.scores}
     return _content(name, "directions", tensors, metadata, directions.provenance, directions.width)
 
@@ -374,6 +380,9 @@ def _described(name: str, metadata: Metadata, count: int) -> dict[str, Any]:
         raise ElrondError(
             f"{name} has a method, names, stars, reach or densities that do not fit its {count} directions."
         )
+    interval, stops = (_decode(metadata, key, name) if key in metadata else [] for key in ("interval", "stops"))
+    if not _is_calibration(interval, stops, count):
+        raise ElrondError(f"{name} has an interval or stops that are no calibration of its {count} directions.")
     for index, text in enumerate(names):
         unfit = next((character for character in text if unicodedata.category(character) in _NOT_IN_NAMES), None)
         if unfit is not None:
@@ -385,6 +394,8 @@ def _described(name: str, metadata: Metadata, count: int) -> dict[str, Any]:
         "stars": tuple(stars),
         "natural_std": tuple(map(float, reach)),
         "densities": tuple(map(float, densities)),
+        "intervals": tuple((float(low), float(high)) for low, high in interval),
+        "stops": tuple(tuple(map(float, row)) for row in stops),
     }
 
 
@@ -414,6 +425,25 @@ def _list_of(value: Any, kind: type, count: int | None = None) -> bool:
 def _numbers(value: Any, most: float = sys.float_info.max) -> bool:
     """Whether this is a list of numbers from 0 to `most`; JavaScript writes 1.0 as 1."""
     return isinstance(value, list) and all(type(x) in (int, float) and 0 <= x <= most for x in value)
+
+
+def _is_calibration(interval: Any, stops: Any, count: int) -> bool:
+    """Whether these are ends and stops of `count` directions, or of none; see `Directions`."""
+    if not (isinstance(interval, list) and isinstance(stops, list) and len(interval) == len(stops)):
+        return False
+    return len(stops) in (0, count) and all(map(_is_stops, interval, stops))
+
+
+def _is_stops(ends: Any, stops: Any) -> bool:
+    """Whether these are the ends and the stops of one direction, which may have none."""
+    numbers = [*ends, *stops] if isinstance(ends, list) and isinstance(stops, list) else [None]
+    if not all(type(x) in (int, float) and abs(x) <= STRENGTH_LIMIT for x in numbers) or len(ends) != 2:
+        return False
+    if not stops:
+        return ends == [0, 0]
+    middle = len(stops) // 2
+    good = 3 <= len(stops) <= _MAX_STOPS and len(stops) % 2 == 1 and stops[middle] == 0 and stops == sorted(stops)
+    return good and ends[0] <= stops[0] and stops[-1] <= ends[1]
 
 
 def check_values(name: str, kind: str, tensors: Tensors) -> None:

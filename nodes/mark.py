@@ -26,6 +26,7 @@ class MarkConcept(io.ComfyNode):
             category="ELROND",
             description="Marks a concept in a conditioning that another node encoded. It encodes the text again, and "
             "looks for its rows.",
+            **host.search_aliases("concept token", "mark word", "diversity", "variation"),
             inputs=[
                 io.Conditioning.Input(
                     "conditioning", tooltip="From CLIP Text Encode or another encoder, also through nodes between."

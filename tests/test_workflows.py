@@ -221,7 +221,7 @@ def test_nodes_are_as_the_frontend_saves_them(name: str, schemas: dict[str, Sche
         assert [(entry["name"], entry["type"]) for entry in node["outputs"]] == schema.outputs
         properties = node["properties"]
         assert properties["Node name for S&R"] == node["type"]
-        assert properties["cnr_id"] == ("comfyui-elrond" if schema.ours else "comfy-core")
+        assert properties["cnr_id"] == ("elrond" if schema.ours else "comfy-core")
 
 
 @pytest.mark.parametrize("name", (*NAMES, *EXAMPLES))

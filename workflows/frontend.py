@@ -187,7 +187,7 @@ class Sheet:
             if node.title:
                 saved["title"] = node.title
             saved["properties"] = {
-                "cnr_id": "comfyui-elrond" if ours else "comfy-core",
+                "cnr_id": "elrond" if ours else "comfy-core",
                 "Node name for S&R": node.kind,
             }
             saved["widgets_values"] = values
@@ -283,7 +283,7 @@ class Sheet:
                 {"name": name, "type": self.type_of(output), "links": None} for name, output in outlets.items()
             ],
             "title": self.name,
-            "properties": {"proxyWidgets": promoted, "cnr_id": "comfyui-elrond"},
+            "properties": {"proxyWidgets": promoted, "cnr_id": "elrond"},
             "widgets_values": [],
         }
         return {

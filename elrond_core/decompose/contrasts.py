@@ -210,8 +210,8 @@ def fit_contrasts(
         natural_std=tuple(natural_std.tolist()),
     )
     report = directions.lines()
-    for place, share in enumerate((natural_std / lengths).tolist() if values else []):
-        report[place] += f"; a natural step is {share:.2f} of the way from one side to the other"
+    for place, length in enumerate(directions.natural_std):
+        report[place] += f"; a natural step is {length / gradients.provenance.token_norm:.2f} token norms"
     return directions, report + left_out
 
 

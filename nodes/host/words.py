@@ -28,13 +28,14 @@ _ROUNDING = 0.01
 # What an encoder may raise that does not expect chunks of several prompts.
 _UNEXPECTED = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
-# What a CLIP made of prompts: the concept's rows by patches, prompt and place; None where it does not read the concept.
-_known: WeakKeyDictionary[Any, dict[tuple[Any, str, Span], torch.Tensor | None]] = WeakKeyDictionary()
-
 
 class _Text(NamedTuple):
     prompt: str
     span: Span
+
+
+# What a CLIP made of prompts: the concept's rows by patches, prompt and place; None where it does not read the concept.
+_known: WeakKeyDictionary[Any, dict[tuple[Any, _Text], torch.Tensor | None]] = WeakKeyDictionary()
 
 
 def rows_with_words(clip: Any, origin: Provenance, words: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,9 +125,9 @@ def _rows_of_all(clip: Any, texts: Sequence[_Text]) -> list[Any]:
     known = _known.setdefault(clip, {})
     state = getattr(clip.patcher, "patches_uuid", None), getattr(clip, "layer_idx", None)
     update = progress(len(texts))
-    if (state, *texts[0]) not in known:
-        known[(state, *texts[0])] = rows_of(clip, *texts[0])
-    wanted = [text for text in dict.fromkeys(texts) if (state, *text) not in known]
+    if (state, texts[0]) not in known:
+        known[state, texts[0]] = rows_of(clip, *texts[0])
+    wanted = [text for text in dict.fromkeys(texts) if (state, text) not in known]
     done = len(texts) - len(wanted)
     update(done)
     for batch in _encoded(clip, list(dict.fromkeys(text.prompt for text in wanted))):
@@ -134,11 +135,11 @@ def _rows_of_all(clip: Any, texts: Sequence[_Text]) -> list[Any]:
             encoded = EncodedPrompt(clip, prompt, conditioning)
             for text in wanted:
                 if text.prompt == prompt:
-                    known[(state, *text)] = _rows_or_none(encoded, text.span)
+                    known[state, text] = _rows_or_none(encoded, text.span)
                     done += 1
         # A cancel raises here, once the whole batch is kept.
         update(done)
-    return [known[(state, *text)] for text in texts]
+    return [known[state, text] for text in texts]
 
 
 def _rows_or_none(encoded: EncodedPrompt, span: Span) -> torch.Tensor | None:

@@ -51,8 +51,11 @@ def train_measures(out: Path, small: bool, device: str) -> None:
     path = out / measure.WEIGHTS.name
     if path.is_file():
         return
-    size = {"steps": 2, "judged": 16} if small else {}
-    measure.train_measures(decoded=decoded, out=path, checkpoint=out / "measure.pt", device=device, **size)
+    checkpoint = out / "measure.pt"
+    if small:
+        measure.train_measures(decoded, path, checkpoint, device=device, steps=2, judged=16)
+    else:
+        measure.train_measures(decoded, path, checkpoint, device=device)
 
 
 def train(out: Path, stages: list[str], small: bool = False) -> None:

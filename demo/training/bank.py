@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ def make_bank(vae: PortraitVAE, count: int, folder: Path, device: str = "cpu") -
     missing = [part for part, file in enumerate(files) if not file.is_file()]
     # Captions are plain Python: on a card, drawing them on one core would take longer than all else.
     workers = 1 if device == "cpu" else max(1, (os.cpu_count() or 2) - 1)
-    drawn = map(captioned, missing, [sizes[part] for part in missing])
+    drawn: Iterable[tuple[torch.Tensor, Factors]] = map(captioned, missing, [sizes[part] for part in missing])
     pool = None
     if workers > 1 and len(missing) > 1:
         pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))

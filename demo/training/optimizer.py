@@ -60,7 +60,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"rate": rate, "momentum": momentum, "betas": betas, "decay": decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """One step along the gradients; parameters without one stay."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
@@ -73,11 +73,13 @@ class Muon(torch.optim.Optimizer):
         # Matrices of one shape are orthogonalised together.
         shapes: dict[torch.Size, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for parameter in parameters:
-            state = self.state[parameter]
+            state, gradient = self.state[parameter], parameter.grad
+            if gradient is None:
+                continue
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
-            state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-            update = torch.lerp(parameter.grad, state["momentum"], group["momentum"]).flatten(1)
+            state["momentum"].lerp_(gradient, 1 - group["momentum"])
+            update = torch.lerp(gradient, state["momentum"], group["momentum"]).flatten(1)
             shapes.setdefault(update.shape, []).append((parameter, update))
         for shape, pairs in shapes.items():
             steps = orthogonalise(torch.stack([update for _, update in pairs]))
@@ -95,7 +97,7 @@ class Muon(torch.optim.Optimizer):
                 state.update(mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter), steps=0)
             state["steps"] += 1
         states = [self.state[p] for p in parameters]
-        gradients = [p.grad for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         means, squares = [s["mean"] for s in states], [s["square"] for s in states]
         torch._foreach_lerp_(means, gradients, 1 - first)
         torch._foreach_mul_(squares, second)

@@ -19,6 +19,7 @@ from .. import host  # noqa: F401
 import torch
 
 from ..host_model.portrait_unet import new_portrait_unet
+from ..host_model.portrait_vae import PORTRAIT_CHANNELS
 from ..host_model.portraits import file_of, pack_unet, read_weights, unpack_text, unpack_unet
 from ..portraits.captions import Captions
 from .progress import Progress, generator_of, number_of, save_weights
@@ -157,7 +158,7 @@ def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = No
         generator = generator_of("student", progress.step)
         captions, _ = Captions(number_of("student captions", progress.step)).batch(recipe.batch)
         rows = text(tokens.encode(captions).to(device))
-        noise = torch.randn(recipe.batch, *_shape(student), generator=generator).to(device)
+        noise = torch.randn(recipe.batch, PORTRAIT_CHANNELS, 8, 8, generator=generator).to(device)
         step = int(torch.randint(STEPS, (), generator=generator))
         noisy = simulate(run["student"], noise, step, rows, generator)
         made = clean(run["student"], noisy, levels[step].expand(recipe.batch), rows)
@@ -181,10 +182,6 @@ def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = No
     if progress.step < recipe.iterations:
         progress.save()
     return file_of("student", out)
-
-
-def _shape(unet: torch.nn.Module) -> tuple[int, int, int]:
-    return unet.out_channels, 8, 8
 
 
 def _train_fake(

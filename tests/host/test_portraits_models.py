@@ -253,7 +253,6 @@ def test_wrong_factors_do_not_align_and_one_value_is_not_diverse() -> None:
         assert evaluate.marginal_error(EVERYTHING[name], constant) > 0.4, name
 
 
-@pytest.mark.skipif(not portraits.file_of("vae").is_file(), reason="demo/weights has no autoencoder of portraits yet")
 def test_the_shipped_autoencoder_keeps_fresh_pictures() -> None:
     module = portraits.load_portrait_vae()
     pixels = vae.pictures(64, generator_of("test", 1), "cpu")

@@ -179,7 +179,7 @@ def test_other_images_or_texts_are_not_marked(case: SimpleNamespace) -> None:
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "QwenImage": ("Qwen-Image, editing", {}),
     "LongCatImage": ("LongCat-Image, editing", {}),
-    "Krea2": ("Krea 2, editing", {"txtdim": 32, "txtlayers": 12}),
+    "Krea2": ("Krea 2", {"txtdim": 32, "txtlayers": 12}),
     "JoyImage": ("JoyImage, editing", {}),
     "Boogu": ("Boogu, editing", {}),
     "MageFlow": ("Mage-Flow, editing", {}),
@@ -196,7 +196,7 @@ def test_gradients_and_steering(case: SimpleNamespace) -> None:
         model = families.build(network)
         plain = encoded(case, PROMPT)
         ((tensor, options),) = marked(case, plain)[0]
-        beside = {"reference_latents": network.options["reference_latents"]}
+        beside = {name: value for name, value in network.options.items() if name == "reference_latents"}
         positive = [[tensor, {**options, **beside}]]
     # An image of a million pixels has 1400 rows, among which single precision leaves less of what one row does.
     assert error_of(network, model, positive) < 1e-2
@@ -239,7 +239,7 @@ def executor() -> Iterator[Any]:
     """The host's, without a server."""
     server = SimpleNamespace(client_id=None, last_node_id=None, send_sync=lambda *_: None, last_prompt_id=None)
     cache = getattr(execution.CacheType, "CLASSIC", False)
-    yield execution.PromptExecutor(server, cache_type=cache, cache_args={"lru": 0, "ram": 0})
+    yield execution.PromptExecutor(server, cache_type=cache, cache_args={"lru": 0, "ram": 0.0, "ram_inactive": 0.0})
 
 
 def test_the_hosts_executor_connects_the_images(

@@ -221,7 +221,6 @@ VARIANTS = (
     _beside("Boogu, editing", "Boogu", {"reference_latents": [random(1, 16, 8, 4, seed=26)]}),
     _beside("JoyImage, editing", "JoyImage", {"reference_latents": [random(1, 16, 1, 8, 4, seed=26)]}),
     _beside("Mage-Flow, editing", "Mage-Flow", {"reference_latents": [random(1, 128, 4, 4, seed=26)]}),
-    _beside("Krea 2, editing", "Krea 2", {"reference_latents": [random(1, 16, 1, 8, 4, seed=26)]}),
     _beside("HiDream, editing", "HiDream", {"concat_latent_image": random(1, 16, 8, 8, seed=26)}),
     _beside(
         "Flux Fill",
@@ -231,4 +230,4 @@ VARIANTS = (
     ),
     _beside("Flux Canny and Depth", "Flux dev", {"concat_latent_image": random(1, 16, 8, 8, seed=27)}, in_channels=32),
 )
-BY_NAME = {variant.name: variant for variant in VARIANTS}
+BY_NAME = {**NAMED, **{variant.name: variant for variant in VARIANTS}}

@@ -4,7 +4,7 @@
 
 import { app } from "../../scripts/app.js";
 import { allNodes, effectiveWidget, feeding, pathsTo } from "./graph.js";
-import { LINE_HEIGHT, LOOK_EVERY, box, chain, fit, make, place } from "./parts.js";
+import { LINE_HEIGHT, LOOK_EVERY, box, chain, changed, fit, make, place } from "./parts.js";
 
 const DIVERSIFY = "ElrondDiversify";
 const APPLY = "ElrondApplyDirection";
@@ -127,7 +127,7 @@ class Batch {
       widget.callback?.(value);
     }
     node.elrondPanel?.unfold(true);
-    this.node.graph.change?.();
+    changed(this.node);
     const left = fed.length ? ` Set its ${fed.join(", ")} yourself.` : "";
     this.draw(`${node.title} #${node.id} now has what image ${image} got.${left}`);
   }

@@ -5,7 +5,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { allNodes, effectiveWidget, feeding, pathsTo } from "./graph.js";
-import { LINE_HEIGHT, LOOK_EVERY, ask, box, chain, fit, make, place } from "./parts.js";
+import { LINE_HEIGHT, LOOK_EVERY, ask, box, chain, changed, fit, make, place } from "./parts.js";
 import { format, parse, round } from "./values.js";
 
 const LOAD = "ElrondLoadDirections";
@@ -112,7 +112,7 @@ class Panel {
     const onchange = () => {
       this.kept.total = this.total.valueAsNumber > 0 ? this.total.valueAsNumber : undefined;
       this.draw();
-      this.node.graph?.change?.();
+      changed(this.node);
     };
     this.total = make("input", { type: "number", min: 0, step: "any", title, "aria-label": label, onchange });
     return make(
@@ -204,6 +204,7 @@ class Panel {
 
   toggle() {
     this.unfold(!this.kept.open);
+    changed(this.node);
     if (this.kept.open) this.refresh(true);
   }
 
@@ -241,7 +242,7 @@ class Panel {
     if (good && index === undefined) this.kept.range = range;
     else if (good) this.kept.ranges = { ...this.kept.ranges, [index]: range };
     this.draw(good ? "" : "The lowest strength must be below the highest.");
-    this.node.graph?.change?.();
+    changed(this.node);
   }
 
   /** Write strengths to the node's widget; all else follows from it. */
@@ -251,7 +252,7 @@ class Panel {
     if (widget.value !== text) {
       widget.value = text;
       widget.callback?.(text);
-      this.node.graph?.change?.();
+      changed(this.node);
     }
     this.draw();
   }
@@ -457,7 +458,7 @@ class Panel {
     if (strengths.has(index)) return this.write(strengths.set(index, { ...strengths.get(index), window }));
     this.kept.windows = { ...this.kept.windows, [index]: window };
     this.draw();
-    this.node.graph?.change?.();
+    changed(this.node);
   }
 }
 

@@ -6,6 +6,8 @@ import { app } from "../../scripts/app.js";
 export const LINE_HEIGHT = 24;
 // Milliseconds between looks at the widgets: a widget on the face of a subgraph calls no node's callback.
 export const LOOK_EVERY = 250;
+// Milliseconds without a change after which what was done is one step to undo.
+const CAPTURE_AFTER = 300;
 
 const STYLE = `
 .elrond-panel { display: flex; flex-direction: column; gap: 4px; height: 100%; overflow: hidden; box-sizing: border-box;
@@ -83,6 +85,19 @@ export function fit(node, shrink = false) {
   const height = shrink ? least : Math.max(node.size[1], least);
   if (height !== node.size[1]) node.setSize([Math.max(width, node.size[0]), height]);
   node.setDirtyCanvas?.(true, true);
+}
+
+let capture = 0;
+
+/** Tells the editor that there is something to save, and after a pause to undo: it looks by itself after a click only. */
+export function changed(node) {
+  node.graph?.change?.();
+  clearTimeout(capture);
+  capture = setTimeout(() => {
+    const tracker = app.extensionManager?.workflow?.activeWorkflow?.changeTracker;
+    if (tracker?.captureCanvasState) tracker.captureCanvasState();
+    else tracker?.checkState?.();
+  }, CAPTURE_AFTER);
 }
 
 /** Calls a function of ours after one of the node's. */

@@ -58,7 +58,7 @@ class CalibrateDirections(io.ComfyNode):
                 ),
                 io.Int.Input("seeds", default=4, min=1, max=64, tooltip="Images at each strength, one a seed."),
                 io.Int.Input(
-                    "samples", default=24, min=16, max=200, tooltip="The most strengths to try for one direction."
+                    "samples", default=32, min=16, max=200, tooltip="The most strengths to try for one direction."
                 ),
                 io.Int.Input(
                     "references",

@@ -59,7 +59,7 @@ class CalibrationPlan:
     """
 
     furthest: float = 2.0
-    samples: int = 24
+    samples: int = 32
     stops: int = 4
 
     def __post_init__(self) -> None:
@@ -82,6 +82,7 @@ class Calibration:
         changes: the largest perceived change below and above: the mean distance from the unsteered images.
         ends: why the interval ends below and above.
         samples: how many strengths were sampled.
+        settled: whether these were enough to know the end and every stop.
     """
 
     interval: tuple[float, float]
@@ -89,6 +90,7 @@ class Calibration:
     changes: tuple[float, float]
     ends: tuple[str, str]
     samples: int
+    settled: bool = True
 
 
 class Unsteered:
@@ -168,6 +170,7 @@ def calibrate(look: Look, index: int, unsteered: Unsteered, plan: CalibrationPla
         changes=(below.top, above.top),
         ends=(below.end()[1], above.end()[1]),
         samples=len(below) + len(above),
+        settled=all(side.next_strength() is None for side in sides.values()),
     )
 
 
@@ -326,6 +329,8 @@ def calibration_lines(directions: Directions, calibrations: dict[int, Calibratio
         lines.append(f"{name}: {one.interval[0]:.3g} to {one.interval[1]:.3g} token norms, {one.samples} strengths")
         for side, strength, change, why in zip(("-1", "+1"), one.interval, one.changes, one.ends, strict=True):
             lines.append(f"  {side}: {strength:.3g}, {change / reach:.0%} of the largest change ({why})")
+        if not one.settled:
+            lines.append("  more samples would place its stops more exactly")
     return lines
 
 

@@ -162,7 +162,16 @@ def test_few_samples_are_enough() -> None:
     assert found(lambda s: 40 * s)[0].samples <= 18
     assert found(lambda s: 0.1 * s)[0].samples <= 10
     few = replace(PLAN, samples=16)
-    assert found(lambda s: math.sinh(3 * s), few)[0].samples <= 16
+    assert found(lambda s: math.sinh(3 * s), few)[0].settled
+
+
+def test_the_report_says_where_samples_were_too_few() -> None:
+    """A change that grows sixteenfold near its end needs more than four strengths between."""
+    f = lambda s: 0.03 * s + 0.6 * s**9  # noqa: E731
+    few, many = (found(f, replace(PLAN, samples=count))[0] for count in (16, 40))
+    assert not few.settled and many.settled
+    assert "more samples" in calibrating.calibration_lines(directions(), {0: few}, 1.0)[-1]
+    check_stops(many, f)
 
 
 def test_the_same_points_ask_for_the_same_strengths() -> None:

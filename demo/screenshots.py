@@ -45,8 +45,6 @@ def graph() -> dict[str, Any]:
 
 def _open(page: Any) -> None:
     page.evaluate("async (graph) => await window.app.loadApiJson(graph, 'sliders')", graph())
-    for index in (0, 1):
-        page.locator(".elrond-head").nth(index).click()
     page.get_by_label("Use dark → bright", exact=True).wait_for()
     page.evaluate(
         """() => {

@@ -38,7 +38,7 @@ from .types import (
     in_unit,
     seed_input,
 )
-from .widget_text import strengths_of, windows_of
+from .widget_text import STRENGTH_LIMIT, strengths_of, windows_of
 
 # Characters of strengths that are sent to the browser: mixes of thousands of directions are long.
 _MOST_SENT = 2**20
@@ -216,6 +216,16 @@ class Diversify(io.ComfyNode):
                     "larger part in a mix. by firing density: those of Train SAE that occur in more gradients.",
                 ),
                 _MASK,
+                io.Float.Input(
+                    "total",
+                    default=0.0,
+                    min=0.0,
+                    max=STRENGTH_LIMIT,
+                    step=0.05,
+                    optional=True,
+                    tooltip="The length of every image's whole step in unit, however many directions are in it: the "
+                    "norm of their sum. It takes the place of lowest and highest; 0 leaves them.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="conditioning", tooltip="One entry an image."),
@@ -253,9 +263,10 @@ class Diversify(io.ComfyNode):
         how: str = RANDOM,
         weights: str = "equal",
         mask: torch.Tensor | None = None,
+        total: float = 0.0,
     ) -> io.NodeOutput:
         """Draw and steer."""
-        if how == NATURAL:
+        if how == NATURAL and not total:
             unit = ABSOLUTE
         draws = draw_steps(
             directions,
@@ -268,6 +279,7 @@ class Diversify(io.ComfyNode):
             both_signs,
             how,
             _WEIGHTS[weights],
+            total,
         )
         changes = torch.stack([_change(directions, draw, unit) for draw in draws])
 

@@ -27,6 +27,8 @@ class Panel {
     this.file = null; // what /elrond/directions said
     this.problem = ""; // why there is no file
     this.asked = 0;
+    // A new node shows what there is; one of a saved graph stays as it was saved.
+    this.kept.open = true;
     this.build();
     this.widget = place(node, "elrond_panel", this.root, () => this.height());
     // Its title in App mode.
@@ -80,7 +82,8 @@ class Panel {
   }
 
   build() {
-    this.head = make("button", { type: "button", className: "elrond-head", onclick: () => this.toggle() });
+    const toggle = () => this.toggle();
+    this.head = make("button", { type: "button", className: "elrond-head", "aria-expanded": "true", onclick: toggle });
     this.list = make("ul", { "aria-label": "Directions" });
     // Where the frontend lays nodes out by their content, the list itself must be limited.
     this.list.style.maxHeight = `${MOST_ROWS * this.rowHeight}px`;
@@ -145,7 +148,11 @@ class Panel {
   }
 
   listen() {
-    chain(this.node, "onConfigure", () => this.later());
+    chain(this.node, "onConfigure", (saved) => {
+      this.configured = true;
+      if (saved?.properties?.elrond?.open === undefined) this.kept.open = false;
+      this.later();
+    });
     chain(this.node, "onConnectionsChange", () => this.later());
     this.later();
   }
@@ -175,6 +182,7 @@ class Panel {
   async refresh(anew = false) {
     // A node that was removed, or is being moved into a subgraph, has no graph.
     if (!this.node.graph) return;
+    if (!this.configured) this.widen();
     this.namesShown = this.namesNow;
     const widgets = this.names;
     const names = new Set(widgets.map((widget) => widget?.value));

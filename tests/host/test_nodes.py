@@ -199,6 +199,30 @@ def test_prompts_with_regions_of_their_own_are_diversified_one_by_one(
     assert (found - estimate(beside(ball, box))).abs().amax((1, 2, 3)).min() > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("how", "mix", "unit"), [("random", 3, "token norms"), ("spread", 1, "absolute"), ("natural", 1, "token norms")]
+)
+def test_a_batch_may_have_steps_of_one_length(
+    nodes: dict[str, Any], teacher: SimpleNamespace, how: str, mix: int, unit: str
+) -> None:
+    """In the unit that is chosen, along directions that are aslant of each other."""
+    slanted = torch.nn.functional.normalize(directions().vectors + 0.5 * directions().vectors[:1], dim=2)
+    known = replace(directions(), vectors=slanted, natural_std=(3.0, 2.0, 1.0))
+    run = nodes["ElrondDiversify"].execute
+    settings = (teacher.positive, known, 6, 5, 0.3, 0.6, unit, mix, 0, True, 0.0, 1.0, "", how)
+    drawn, fixed = (run(*settings, total=total).args[0][0][0] for total in (0.0, 0.7))
+    row = teacher.positive[0][1]["elrond"].concepts[0].rows[0]
+    still = teacher.positive[0][0][0, row]
+    lengths = (fixed[:, row] - still).norm(dim=1)
+    expected = 0.7 * (still.norm() if unit == "token norms" else 1.0)
+    torch.testing.assert_close(
+        lengths, expected.expand(6) if how != "spread" else torch.full((6,), 0.7), rtol=1e-3, atol=0
+    )
+    # The same directions as without: only the length is another.
+    cosines = torch.cosine_similarity(fixed[:, row] - still, drawn[:, row] - still)
+    torch.testing.assert_close(cosines, torch.ones(6), rtol=1e-4, atol=0)
+
+
 def test_the_panel_is_sent_what_every_image_got(
     nodes: dict[str, Any], teacher: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,7 +60,7 @@ class Recipe:
 
 
 # On two processor cores, on a card, and for tests.
-CPU = Recipe(pictures=65536, steps=5000, batch=96, rate=2e-3)
+CPU = Recipe(pictures=65536, steps=4000, batch=96, rate=2e-3)
 CARD = Recipe(pictures=262144, steps=6000, batch=1024, rate=3e-3, half_life=131072)
 SMALL = Recipe(pictures=16, steps=4, batch=4, rate=1e-3, warm_up=1, validation=8)
 SAVE_EVERY = 250

@@ -18,9 +18,9 @@ from .. import host  # noqa: F401
 # isort: split
 import torch
 
-from ..host_model.portrait_unet import new_portrait_unet
-from ..host_model.portrait_vae import PORTRAIT_CHANNELS
-from ..host_model.portraits import file_of, pack_unet, read_weights, unpack_text, unpack_unet
+from ..host_model.checkpoint import file_of, pack_unet, read_weights, unpack_text, unpack_unet
+from ..host_model.unet import new_unet
+from ..host_model.vae import LATENT_CHANNELS
 from ..portraits.captions import Captions
 from .progress import Progress, generator_of, number_of, save_weights
 from .teacher import draw_levels, mixed, shifted, velocity
@@ -129,7 +129,7 @@ def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = No
     text = TextEncoder(tokens, generator_of("student", -1))
     text.load(unpack_text(packed))
     text = text.to(device).requires_grad_(False)
-    teacher = new_portrait_unet().diffusion_model
+    teacher = new_unet().diffusion_model
     teacher.load_state_dict(unpack_unet(packed))
     teacher = teacher.to(device, memory_format=torch.channels_last).requires_grad_(False)
     student, fake = copy.deepcopy(teacher).requires_grad_(True), copy.deepcopy(teacher).requires_grad_(True)
@@ -158,7 +158,7 @@ def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = No
         generator = generator_of("student", progress.step)
         captions, _ = Captions(number_of("student captions", progress.step)).batch(recipe.batch)
         rows = text(tokens.encode(captions).to(device))
-        noise = torch.randn(recipe.batch, PORTRAIT_CHANNELS, 8, 8, generator=generator).to(device)
+        noise = torch.randn(recipe.batch, LATENT_CHANNELS, 8, 8, generator=generator).to(device)
         step = int(torch.randint(STEPS, (), generator=generator))
         noisy = simulate(run["student"], noise, step, rows, generator)
         made = clean(run["student"], noisy, levels[step].expand(recipe.batch), rows)

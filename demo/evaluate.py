@@ -37,12 +37,12 @@ class Settings:
     """How a model is sampled: the host's sampler and scheduler, number of steps, guidance."""
 
     steps: int
-    sampler: str
+    sampler: str = "euler"
     scheduler: str = "simple"
     cfg: float = 1.0
 
 
-SETTINGS = {"teacher": Settings(20, "euler"), "student": Settings(4, "lcm")}
+SETTINGS = {"teacher": Settings(20), "student": Settings(4)}
 
 
 @dataclass

@@ -38,7 +38,7 @@ SEEDS = 16
 SEED = 7001
 # Directions that the workflow `discover` saves: along opposites, and by the response.
 NAMED, VARIED = "demo person words", "demo person"
-SAMPLING = {"teacher": (20, "euler"), "student": (4, "lcm")}
+STEPS = {"teacher": 20, "student": 4}
 # One prompt with nothing named, and others that name one thing each.
 PROMPTS = [
     "a [person]",
@@ -73,7 +73,6 @@ class Demo:
 
     def sample(self, model: str, prompts: Sequence[tuple[str, dict[str, Any] | None]], count: int, seed: int) -> list:
         """Images of several prompts, each with a steering node's inputs or None, in one graph."""
-        steps, sampler = SAMPLING[model]
         graph: dict[str, Any] = {
             "model": _node("ElrondLoadDemoModel", name=model),
             "empty": _node("CLIPTextEncode", clip=["model", 1], text=""),
@@ -96,9 +95,9 @@ class Demo:
                 negative=["empty", 0],
                 latent_image=["latent", 0],
                 seed=seed,
-                steps=steps,
+                steps=STEPS[model],
                 cfg=1.0,
-                sampler_name=sampler,
+                sampler_name="euler",
                 scheduler="simple",
                 denoise=1.0,
             )

@@ -2,8 +2,8 @@
 
 Improved distribution matching (Yin et al., arXiv 2405.14867): the student's clean estimates move along the difference
 between a real score (the teacher with guidance) and a fake score (a copy of the teacher that is trained on what the
-student makes). Inputs of later steps are simulated: estimate, add fresh noise, estimate again, which is what the
-host's sampler `lcm` does. No regression, no adversary, no images of the world. That is the reverse Kullback–Leibler
+student makes). Inputs of later steps are simulated by the student's own earlier steps, Euler steps as the host's
+sampler `euler` takes them. No regression, no adversary, no images of the world. That is the reverse Kullback–Leibler
 divergence, which prefers few modes; with guidance it is where the diversity of distilled models goes.
 """
 
@@ -78,15 +78,13 @@ def _randn(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 @torch.no_grad()
-def simulate(
-    student: torch.nn.Module, noise: torch.Tensor, steps: int, rows: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
-    """What the student's next step sees after `steps` of its own, from noise (N, 16, 8, 8)."""
+def simulate(student: torch.nn.Module, noise: torch.Tensor, steps: int, rows: torch.Tensor) -> torch.Tensor:
+    """What the student's next step sees after `steps` Euler steps of its own, from noise (N, 16, 8, 8)."""
     levels = levels_of(str(noise.device))
     noisy = noise
     for step in range(steps):
-        estimate = clean(student, noisy, levels[step].expand(len(noisy)), rows)
-        noisy = mixed(estimate, _randn(noise, generator), levels[step + 1].expand(len(noisy)))
+        made = velocity(student, noisy, levels[step].expand(len(noisy)), rows)
+        noisy = noisy + (levels[step + 1] - levels[step]) * made
     return noisy
 
 
@@ -160,7 +158,7 @@ def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = No
         rows = text(tokens.encode(captions).to(device))
         noise = torch.randn(recipe.batch, LATENT_CHANNELS, 8, 8, generator=generator).to(device)
         step = int(torch.randint(STEPS, (), generator=generator))
-        noisy = simulate(run["student"], noise, step, rows, generator)
+        noisy = simulate(run["student"], noise, step, rows)
         made = clean(run["student"], noisy, levels[step].expand(recipe.batch), rows)
         empty = nothing.expand_as(rows)
         gradient = direction(run["teacher"], run["fake"], made.detach(), rows, empty, recipe.guidance, generator)
@@ -194,7 +192,6 @@ def _train_fake(
     generator: torch.Generator,
 ) -> float:
     """Train the fake score on the student's images; the last loss."""
-    loss = torch.zeros(())
     loss = torch.zeros(())
     for _ in range(recipe.fake_steps):
         levels = draw_levels(len(made), 1.0, 0.0, generator).to(made.device)

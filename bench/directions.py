@@ -111,7 +111,9 @@ def measure(noun: str, vectors: torch.Tensor) -> list[dict[str, Any]]:
     images = demo.decode(portraits.sampled(MODEL, ends, SEEDS, SEED))
     parts = split_factors(measures().measure(images), 2 * len(vectors))
     valid = measures().valid(images).float().chunk(len(vectors))
-    return [{"moved": moved(parts[2 * k], parts[2 * k + 1]), "valid": float(valid[k].mean())} for k in range(len(vectors))]
+    return [
+        {"moved": moved(parts[2 * k], parts[2 * k + 1]), "valid": float(valid[k].mean())} for k in range(len(vectors))
+    ]
 
 
 def purity(row: dict[str, Any]) -> float:

@@ -4,6 +4,7 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
 export const LINE_HEIGHT = 24;
+export const BAR_HEIGHT = 28;
 // Milliseconds between looks at the widgets: a widget on the face of a subgraph calls no node's callback.
 export const LOOK_EVERY = 250;
 // Milliseconds without a change after which what was done is one step to undo.

@@ -17,7 +17,13 @@ WIDTH, BESIDE, BELOW, AROUND, TITLE = 320, 60, 60, 30, 30
 # Heights that the frontend gives to a row of sockets and to a widget, and to a text of several lines.
 ROW, WIDGET, TEXT = 20, 24, 90
 # What the pack's panels need at least.
-TALL = {"ElrondLoadDirections": 118, "ElrondApplyDirection": 330, "SaveImage": 320, "PreviewAny": 200}
+TALL = {
+    "ElrondLoadDirections": 118,
+    "ElrondApplyDirection": 360,
+    "ElrondDiversify": 480,
+    "SaveImage": 320,
+    "PreviewAny": 200,
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,8 @@ class Output:
 
 # How the host numbers the two ends of a subgraph.
 INLET, OUTLET = -10, -20
+# How the frontend names a widget of a subgraph's face that belongs to an input of the subgraph.
+FACE = "-1"
 
 
 @dataclass
@@ -221,16 +229,16 @@ class Sheet:
             socket["links"] = [*(socket["links"] or []), len(links)]
             ends.append([len(links)])
         right = max(x + width for x, _, width, _ in boxes)
-        inlets, face, promoted = [], [], []
-        for slot, (name, kind, _) in enumerate(self._inlets):
+        inlets, face, promoted, values = [], [], [], []
+        for slot, (name, kind, value) in enumerate(self._inlets):
             numbers = [link[0] for link in links if link[1] == INLET and link[2] == slot]
             pos = [-200, 100 + ROW * slot]
             inlets.append({"id": self._id(f"in {name}"), "name": name, "type": kind, "linkIds": numbers, "pos": pos})
             socket = {"name": name, "type": kind, "link": None}
             if kind in WIDGETS:
                 socket["widget"] = {"name": name}
-                _, _, _, target, place, _ = links[numbers[0] - 1]
-                promoted.append([str(target), nodes[target - 1]["inputs"][place]["name"]])
+                promoted.append([FACE, name])
+                values.append(value)
             face.append(socket)
         definition = {
             "id": self._id("definition"),
@@ -284,7 +292,7 @@ class Sheet:
             ],
             "title": self.name,
             "properties": {"proxyWidgets": promoted, "cnr_id": "elrond"},
-            "widgets_values": [],
+            "widgets_values": values,
         }
         return {
             "id": self._id("file"),

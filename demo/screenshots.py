@@ -1,4 +1,4 @@
-"""Takes screenshots of sliders in a subgraph and in App mode, and of presets: `python -m demo.screenshots`, in minutes.
+"""Takes screenshots of sliders in a subgraph and in App mode, and of presets: `python -m demo.screenshots [NAME …]`.
 
 They go to docs/pictures. App mode needs a newer frontend than ComfyUI 0.3.75 pins: `ELROND_FRONTEND` names its `static`
 folder (`pip download comfyui-frontend-package` and unzip). Without it, the picture of App mode stays as it is.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -120,13 +121,13 @@ def presets(page: Any) -> bytes:
         """() => {
             const { app } = window;
             const places = { 1: [-800, 0, 300], 5: [-800, 170, 300], 2: [-800, 360, 300], 3: [-420, 0, 320],
-                6: [-420, 460, 300], 7: [-800, 660, 200], 16: [520, 500, 300], 17: [850, 500, 200],
+                6: [-420, 460, 300], 7: [-800, 660, 200], 16: [450, 400, 290], 17: [790, 400, 290],
                 4: [0, 0, 400], 8: [450, 0, 290], 18: [790, 0, 290] };
             for (const [id, [x, y, width]] of Object.entries(places)) {
                 const node = app.graph.getNodeById(Number(id));
                 node.title = node.constructor.title;
                 node.pos = [x, y];
-                node.setSize([width, node.comfyClass === 'PreviewImage' ? 340 : node.size[1]]);
+                node.setSize([width, node.comfyClass === 'PreviewImage' ? 320 : node.size[1]]);
                 const { widgets } = node;
                 const control = widgets?.find((widget) => widget.name === 'control_after_generate');
                 if (control) control.value = 'fixed';
@@ -179,12 +180,15 @@ def app(page: Any) -> bytes | None:
 
 
 def main() -> None:
-    """Take all."""
+    """Take those named, or all."""
+    chosen = sys.argv[1:] or [take.__name__ for take in (subgraph, presets, app)]
     frontend = os.environ.get("ELROND_FRONTEND")
     extra = ["--front-end-root", frontend] if frontend else []
     with tempfile.TemporaryDirectory() as output, Server(Path(output), extra=extra) as server, chromium() as browser:
         post(server, "/settings", {"Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False})
         for take in (subgraph, presets, app):
+            if take.__name__ not in chosen:
+                continue
             page = open_page(server, browser, size=SIZE)
             picture = take(page)
             page.context.close()

@@ -278,11 +278,13 @@ class Sheet:
         }
         widgets = len(promoted)
         height = ROW * max(len(face) - widgets, len(outlets)) + 6 + WIDGET * widgets + 8
+        if any(self._is_text(Output(INLET, slot)) for slot in range(len(self._inlets))):
+            height += TEXT
         node = {
             "id": 1,
             "type": definition["id"],
             "pos": [0, 0],
-            "size": [WIDTH, height + TEXT],
+            "size": [WIDTH, height],
             "flags": {},
             "order": 0,
             "mode": 0,
@@ -307,6 +309,14 @@ class Sheet:
             "extra": {"frontendVersion": FRONTEND},
             "version": 0.4,
         }
+
+    def _is_text(self, inlet: Output) -> bool:
+        """Whether an input of the subgraph feeds a text of several lines."""
+        return any(
+            entry.multiline and node.inputs.get(entry.name) == inlet
+            for node in self._nodes.values()
+            for entry in entries(self._known[node.kind])
+        )
 
     def _id(self, what: str) -> str:
         return str(uuid.uuid5(NAMESPACE, f"{self.name}: {what}"))

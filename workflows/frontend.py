@@ -16,6 +16,8 @@ WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 WIDTH, BESIDE, BELOW, AROUND, TITLE = 320, 60, 60, 30, 30
 # Heights that the frontend gives to a row of sockets and to a widget, and to a text of several lines.
 ROW, WIDGET, TEXT = 20, 24, 90
+# By how much a widget is taller, with what lies around it, where the frontend draws "Nodes 2.0".
+TALLER = 12
 # What the pack's panels need at least.
 TALL = {
     "ElrondLoadDirections": 118,
@@ -333,8 +335,9 @@ class Sheet:
                     node = self._nodes[number]
                     node.size = (WIDTH, self._height(node.kind))
                     node.pos = (x, y)
-                    y += node.size[1] + BELOW
-                bottom = max(bottom, y - BELOW)
+                    bottom = max(bottom, y + node.size[1])
+                    widgets = sum(entry.is_widget for entry in entries(self._known[node.kind]))
+                    y += node.size[1] + BELOW + TALLER * widgets
                 x += WIDTH + BESIDE
             boxes.append((left, 0, x - BESIDE + AROUND - left, bottom + AROUND))
             left = x - BESIDE + AROUND + BESIDE

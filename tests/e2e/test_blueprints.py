@@ -203,10 +203,13 @@ def wires(definition: dict[str, Any]) -> set[tuple[str, ...]]:
     return out
 
 
-# What the frontend offers among its nodes, where subgraphs have a store of their own.
+# What the frontend offers among its nodes; up to version 1.32.9 subgraphs have a store of their own.
 OFFERED = """() => {
     const { $pinia } = document.querySelector('#vue-app').__vue_app__.config.globalProperties;
-    return $pinia._s.get('subgraph').subgraphBlueprints.map((each) => each.display_name);
+    const { nodeDefs } = $pinia._s.get('nodeDef');
+    const { subgraphBlueprints } = $pinia._s.get('subgraph');
+    return [...nodeDefs, ...(subgraphBlueprints ?? [])]
+        .filter((each) => each.name.startsWith('SubgraphBlueprint.')).map((each) => each.display_name);
 }"""
 
 

@@ -106,7 +106,8 @@ def derivative(function: Callable[[float], float], step: float, steps: int) -> f
 def error_of(family: Family, model: Any, positive: Any = None, negative: Any = None) -> float:
     """The largest relative difference between the gradient and central finite differences, along two directions."""
     vector = gradient_of(family, model, positive, negative)
-    assert vector.norm() > 1e-4
+    # A shorter one is lost in the rounding of its precision.
+    assert vector.norm() > (1e-4 if vector.dtype == torch.float32 else 1e-8)
 
     def work(denoiser: host.HostDenoiser, realizations: torch.Tensor) -> float:
         sigma = host.sigma_of(model, 1.0)

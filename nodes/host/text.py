@@ -24,7 +24,7 @@ def family_of(clip: Any) -> str:
     if kind.__module__.endswith(".hunyuan_image"):
         return "HunyuanImage"
     name = kind.__name__.rstrip("_")
-    for suffix in ("ClipModel", "TEModel", "TextEncoder", "Model"):
+    for suffix in ("ClipModel", "TEModel", "TextEncoder", "Model", "TE"):
         if name.endswith(suffix) and name != suffix:
             return name.removesuffix(suffix)
     return name

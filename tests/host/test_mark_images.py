@@ -236,6 +236,42 @@ def test_what_the_node_says_if_it_fails(case: SimpleNamespace, monkeypatch: pyte
             marked(case, conditioning)
 
 
+def test_a_node_that_names_how_it_encodes_before_it_asks_for_tokens(
+    case: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = marked(case, encoded(case, PROMPT))[0][0][1][host.MARK]
+
+    class Nested(case.node):
+        @classmethod
+        def execute(cls, clip: Any, **inputs: Any) -> Any:
+            class Clip:
+                def tokenize(self, *arguments: Any, **options: Any) -> Any:
+                    return clip.encode_from_tokens_scheduled(clip.tokenize(*arguments, **options))
+
+            return case.node.execute(clip=Clip(), **inputs)
+
+    monkeypatch.setitem(host_nodes.NODE_CLASS_MAPPINGS, case.kind, Nested)
+    assert marked(case, encoded(case, PROMPT))[0][0][1][host.MARK] == expected
+
+
+def test_an_encoder_that_drops_rows_after_the_prompt(case: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As LongCat-Image's does with the end of its chat template."""
+    if case.family != "QwenImage":
+        pytest.skip("one encoder of this kind will do")
+    expected = marked(case, encoded(case, PROMPT))[0][0][1][host.MARK].concepts
+    encoder = case.clip.cond_stage_model
+    whole = encoder.encode_token_weights
+
+    def shorter(tokens: Any) -> Any:
+        rows, *rest = whole(tokens)
+        return rows[:, :-4], *rest
+
+    monkeypatch.setattr(encoder, "encode_token_weights", shorter)
+    found, report = marked(case, encoded(case, PROMPT))
+    assert found[0][1][host.MARK].concepts == expected
+    assert "warning" not in report
+
+
 def test_the_encoder_is_left_as_it_was(case: SimpleNamespace) -> None:
     marked(case, encoded(case, PROMPT))
     assert not any("preprocess_embed" in vars(part) for part in case.clip.cond_stage_model.modules())

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 
 class DoublePrecision(TorchFunctionMode):
-    """While it is active, every conversion to float32 makes float64.
+    """While it is active, every conversion to float32 makes float64, and random numbers of float32 become float64.
 
     Hosts compute rotary embeddings, norms and a model's output in float32, whatever its weights are. Finite
     differences along one row of a thousand then drown in rounding.
@@ -25,4 +25,5 @@ class DoublePrecision(TorchFunctionMode):
         )
         if function is torch.Tensor.float:
             function = torch.Tensor.double
-        return function(*arguments, **options)
+        result = function(*arguments, **options)
+        return result.double() if function is torch.randn else result

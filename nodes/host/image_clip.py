@@ -6,10 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import nodes
-
 from ...elrond_core.errors import ElrondError
-from .upstream import ImageNode
+from .upstream import HOST_NODES, ImageNode
 
 
 class ImageClip:
@@ -45,7 +43,7 @@ class ImageClip:
         Raises:
             ElrondError: if the node fails before it asks for tokens, or asks for none.
         """
-        kind = nodes.NODE_CLASS_MAPPINGS[self._node.kind]
+        kind = HOST_NODES.NODE_CLASS_MAPPINGS[self._node.kind]
         # Newer nodes are classes with a method of the class, older ones are made for each run.
         run = kind.execute if hasattr(kind, "define_schema") else getattr(kind(), kind.FUNCTION)
         listener = _Listener(self.plain, return_word_ids)

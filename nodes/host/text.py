@@ -160,7 +160,7 @@ class EncodedPrompt:
             before = max(0, dropped - EncodedPrompt(clip.plain, _PROBES[0])._dropped_after)
         else:
             before = dropped if first is None else min(dropped, first)
-        self._dropped_after = dropped - before
+        self._dropped_after: int = dropped - before
         self._starts = [sum(lengths[:group]) - before for group in range(len(lengths))]
         self._stops = [min(rows, start + length) for start, length in zip(self._starts, lengths, strict=True)]
         self.tokens = [token for group in range(len(lengths)) for token in self._read(group)]

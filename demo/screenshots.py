@@ -1,4 +1,4 @@
-"""Takes screenshots of sliders in a subgraph and in App mode: `python -m demo.screenshots`, two minutes on two cores.
+"""Takes screenshots of sliders in a subgraph and in App mode, and of presets: `python -m demo.screenshots [NAME …]`.
 
 They go to docs/pictures. App mode needs a newer frontend than ComfyUI 0.3.75 pins: `ELROND_FRONTEND` names its `static`
 folder (`pip download comfyui-frontend-package` and unzip). Without it, the picture of App mode stays as it is.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,55 @@ def subgraph(page: Any) -> bytes:
     return page.screenshot()
 
 
+def presets(page: Any) -> bytes:
+    """Diversify with its presets, beside the images as they are and as they are diversified, as a PNG."""
+    nodes = graph()
+    for key in ("6", "7", "8"):
+        nodes[f"1{key}"] = {**nodes[key], "inputs": dict(nodes[key]["inputs"])}
+    drawing = {"count": 9, "seed": 3, "lowest": 0.2, "highest": 0.8, "unit": "auto", "mix": 1, "leading": 0}
+    drawing |= {"both_signs": True, "start": 0.0, "end": 1.0, "concept": "", "how": "random", "weights": "equal"}
+    drawing |= {"total": 0.0, "conditioning": ["2", 0], "directions": ["3", 0]}
+    nodes["4"] = {"class_type": "ElrondDiversify", "inputs": drawing, "_meta": {"title": "Diversify"}}
+    nodes["1"]["inputs"]["name"] = "student"
+    for key, source in (("6", ["2", 0]), ("16", ["4", 0])):
+        nodes[key]["inputs"] |= {"positive": source, "steps": 4}
+    nodes["17"]["inputs"]["samples"], nodes["18"]["inputs"]["images"] = ["16", 0], ["17", 0]
+    page.evaluate("async (graph) => await window.app.loadApiJson(graph, 'presets')", nodes)
+    page.get_by_label("How far the images go: how, lowest and highest").wait_for()
+    page.evaluate(
+        """() => {
+            const { app } = window;
+            const places = { 1: [-800, 0, 300], 5: [-800, 170, 300], 2: [-800, 360, 300], 3: [-420, 0, 320],
+                6: [-420, 460, 300], 7: [-800, 660, 200], 16: [450, 400, 290], 17: [790, 400, 290],
+                4: [0, 0, 400], 8: [450, 0, 290], 18: [790, 0, 290] };
+            for (const [id, [x, y, width]] of Object.entries(places)) {
+                const node = app.graph.getNodeById(Number(id));
+                node.title = node.constructor.title;
+                node.pos = [x, y];
+                node.setSize([width, node.comfyClass === 'PreviewImage' ? 320 : node.size[1]]);
+                const { widgets } = node;
+                const control = widgets?.find((widget) => widget.name === 'control_after_generate');
+                if (control) control.value = 'fixed';
+            }
+            app.graph.getNodeById(8).title = 'The distilled model';
+            app.graph.getNodeById(18).title = 'Diversified';
+            app.canvas.ds.scale = 1;
+            app.canvas.ds.offset = [130, 190];
+            app.canvas.setDirty(true, true);
+        }"""
+    )
+    page.get_by_label("How far the images go: how, lowest and highest").select_option("as varied as the base model")
+    page.get_by_label("In which part of the sampling it acts: start and end").select_option(
+        "new composition: first steps"
+    )
+    page.wait_for_timeout(1000)
+    run_graph(page)
+    page.get_by_role("button", name="What each image got").click()
+    page.evaluate("() => { document.activeElement.blur(); window.app.canvas.deselectAll(); }")
+    page.wait_for_timeout(3000)
+    return page.screenshot()
+
+
 def app(page: Any) -> bytes | None:
     """App mode with the list of directions as an input, as a PNG; None if the frontend has none."""
     if "Toggle App Mode" not in page.evaluate(
@@ -130,12 +180,15 @@ def app(page: Any) -> bytes | None:
 
 
 def main() -> None:
-    """Take both."""
+    """Take those named, or all."""
+    chosen = sys.argv[1:] or [take.__name__ for take in (subgraph, presets, app)]
     frontend = os.environ.get("ELROND_FRONTEND")
     extra = ["--front-end-root", frontend] if frontend else []
     with tempfile.TemporaryDirectory() as output, Server(Path(output), extra=extra) as server, chromium() as browser:
         post(server, "/settings", {"Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False})
-        for take in (subgraph, app):
+        for take in (subgraph, presets, app):
+            if take.__name__ not in chosen:
+                continue
             page = open_page(server, browser, size=SIZE)
             picture = take(page)
             page.context.close()

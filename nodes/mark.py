@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,9 +118,9 @@ class MarkConcept(io.ComfyNode):
             try:
                 out.append(_marked(entry, finders, texts, row))
             except ElrondError as error:
-                reasons.append(error)
+                reasons.append(_cause(error, entry, finders, texts, text))
                 out.append(entry)
-                lines.append(f"entry {number} is not marked. {error}")
+                lines.append(f"entry {number} is not marked. {reasons[-1]}")
             else:
                 mark = out[-1][1][host.MARK]
                 lines.append(f"entry {number}: {mark.prompt}")
@@ -148,6 +149,32 @@ def _marked(entry: list[Any], finders: Sequence[host.RowFinder], texts: list[hos
     raise reasons[0]
 
 
+def _cause(
+    error: ElrondError, entry: list[Any], finders: Sequence[host.RowFinder], texts: Sequence[host.Text], text: str
+) -> ElrondError:
+    """Why an entry is not marked: its text was encoded with brackets, or else an error."""
+    written = [each.strip() for each in (text, *text.splitlines()) if "[" in each]
+    candidates = dict.fromkeys([*written, *(_in_brackets(each) for each in texts if each.spans)])
+    inside = r"(?<=\[)[^\[\]]+(?=\])"
+    spans = {each: tuple(Span(*match.span()) for match in re.finditer(inside, each)) for each in candidates}
+    try:
+        prompt = _marked(entry, finders, [host.Text(each, spans[each]) for each in candidates], 0)[1][host.MARK].prompt
+    except ElrondError:
+        return error
+    return ElrondError(
+        f"The text was encoded with its brackets, as {prompt!r}: take the brackets out of the text that is encoded. "
+        "They belong in the text of Mark Concept only."
+    )
+
+
+def _in_brackets(text: host.Text) -> str:
+    """A text with brackets around its concepts."""
+    out = text.prompt
+    for span in sorted(text.spans, reverse=True):
+        out = f"{out[: span.start]}[{span.of(out)}]{out[span.stop :]}"
+    return out
+
+
 def _with_images(hidden: Any, encoders: Sequence[host.ImageNode]) -> io.NodeOutput:
     """This node once more, with the images of other nodes connected."""
     links = {_socket(node, name): link for node in encoders for name, link in node.images.items()}
@@ -168,12 +195,17 @@ def _check(concept: str, text: str, occurrence: int) -> None:
     """Refuse a concept that is not named, or not in the text.
 
     Raises:
-        ElrondError: if it is so.
+        ElrondError: if it is so, or a value has another type.
     """
+    for name, value in (("concept", concept), ("text", text)):
+        if not isinstance(value, str):
+            raise ElrondError(f"The {name} must be a text, not {value!r}.")
+    if not isinstance(occurrence, int) or occurrence < 1:
+        raise ElrondError(f"The occurrence must be a whole number from 1 on, not {occurrence!r}.")
     if text.strip():
         _listed(text, concept, occurrence)
     elif not _words(concept):
-        raise ElrondError("Name the concept: in the concept field, or in [brackets] in the text that was encoded.")
+        raise ElrondError("Name the concept: in the concept field, or in [brackets] in the text of this node.")
 
 
 def _words(concept: str) -> list[str]:

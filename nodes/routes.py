@@ -76,12 +76,15 @@ def describe(name: str) -> dict[str, Any]:
                 "star": directions.stars[i],
                 "score": score,
                 "thumbnail": stamp and f"/elrond/thumbnail?digest={stamp}",
+                "interval": directions.intervals[i] if directions.intervals else (0.0, 0.0),
+                "stops": directions.stops[i] if directions.stops else (),
             }
         )
     return {
         "name": name,
         "concept": directions.provenance.concept,
         "score_name": directions.score_name,
+        "natural": bool(directions.natural_std),
         "directions": entries,
     }
 

@@ -268,6 +268,9 @@ class Diversify(io.ComfyNode):
         """Draw and steer."""
         if how == NATURAL and not total:
             unit = ABSOLUTE
+        elif how == NATURAL and unit == AUTO:
+            # Calibrated strengths would undo the proportions.
+            unit = RELATIVE
         draws = draw_steps(
             directions,
             count,

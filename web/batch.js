@@ -1,14 +1,17 @@
-// A list on Diversify of what each image of the batch got, with a button that copies it to the sliders of Apply Direction.
+// Presets on Diversify and a list of what each image of the batch got, to be copied to the sliders of Apply Direction.
 //
-// It appears once the node has run: the strengths are drawn on the server, which sends them with the node's results.
+// The list appears once the node has run: the strengths are drawn on the server, which sends them with its results.
 
 import { app } from "../../scripts/app.js";
-import { allNodes, effectiveWidget, feeding, pathsTo } from "./graph.js";
-import { LINE_HEIGHT, LOOK_EVERY, box, chain, changed, fit, make, place } from "./parts.js";
+import { allNodes, feeding, onlyWidget as one, pathsTo } from "./graph.js";
+import { BAR_HEIGHT, LINE_HEIGHT, LOOK_EVERY, box, chain, changed, fit, make, place } from "./parts.js";
+import { makeHowFar, makeWhen } from "./presets.js";
 
 const DIVERSIFY = "ElrondDiversify";
 const APPLY = "ElrondApplyDirection";
 const CLOSED_HEIGHT = 34;
+const STATUS_HEIGHT = 52;
+const AROUND = 10;
 const MOST_ROWS = 6;
 const ROW_HEIGHT = LINE_HEIGHT + 5;
 // Inputs that both nodes have and that must agree for an image to come out the same.
@@ -20,9 +23,13 @@ class Batch {
     this.node = node;
     this.open = false;
     this.got = null; // what the server sent: a text an image
+    this.build();
     chain(node, "onExecuted", (output) => this.show(output));
     // Undo and another tab make the node anew; the frontend still has its results.
-    setTimeout(() => this.show(this.stored));
+    setTimeout(() => {
+      this.show(this.stored);
+      if (this.node.graph) fit(this.node);
+    });
   }
 
   get stored() {
@@ -34,25 +41,44 @@ class Batch {
     const strengths = output?.elrond_strengths;
     if (!strengths?.length) return;
     this.got = { strengths, summaries: output.elrond_summaries ?? [], unit: output.elrond_unit?.[0] };
-    if (!this.root) this.build();
     this.draw();
     fit(this.node);
   }
 
   build() {
+    this.presets = [makeHowFar, makeWhen].map((makePreset) => makePreset(this.node, (text) => this.say(text)));
+    const chosen = this.presets.map((preset) => preset.bar);
     this.head = make("button", { type: "button", className: "elrond-head", onclick: () => this.toggle() });
     this.target = make("select", { "aria-label": "Where the strengths are copied to" });
     this.bar = make("div", { className: "elrond-bar" }, "Copy to", this.target);
     this.list = make("ul", { "aria-label": "Images" });
     this.list.style.maxHeight = `${MOST_ROWS * ROW_HEIGHT}px`;
     this.status = make("div", { role: "status" });
-    this.root = box(this.head, this.bar, this.list, this.status);
+    this.root = box(...chosen, this.head, this.bar, this.list, this.status);
     const widget = place(this.node, "elrond_batch", this.root, () => this.height());
-    widget.label = "What each image got";
+    widget.label = "How different the images are";
+    this.draw();
   }
 
   height() {
-    return CLOSED_HEIGHT + (this.open ? 52 + Math.min(this.got.strengths.length, MOST_ROWS) * ROW_HEIGHT : 0);
+    const presets = AROUND + this.presets.length * BAR_HEIGHT + (this.status.textContent && !this.open ? STATUS_HEIGHT : 0);
+    if (!this.got) return presets;
+    const rows = Math.min(this.got.strengths.length, MOST_ROWS);
+    return presets + CLOSED_HEIGHT - AROUND + (this.open ? 52 + rows * ROW_HEIGHT : 0);
+  }
+
+  /** A sentence below, also while the list is closed. */
+  say(text) {
+    this.status.textContent = text;
+    this.status.title = text;
+    this.status.hidden = !text && !this.open;
+    if (this.node.graph) fit(this.node);
+  }
+
+  /** Follow the values, whoever changed them. */
+  look() {
+    this.presets.forEach((preset) => preset.draw());
+    if (this.open) this.drawTargets();
   }
 
   toggle() {
@@ -63,12 +89,15 @@ class Batch {
   }
 
   draw(said = "") {
+    this.presets.forEach((preset) => preset.draw());
+    this.head.hidden = !this.got;
+    for (const part of [this.bar, this.list]) part.hidden = !this.open;
+    this.say(said);
+    if (!this.got) return;
     this.head.textContent = `${this.open ? "▾" : "▸"} What each image got`;
     this.head.setAttribute("aria-expanded", String(this.open));
-    for (const part of [this.bar, this.list, this.status]) part.hidden = !this.open;
     this.list.replaceChildren(...this.got.strengths.map((strengths, image) => this.row(strengths, image)));
     this.drawTargets();
-    this.status.textContent = said;
   }
 
   row(strengths, image) {
@@ -151,17 +180,11 @@ class Batch {
   }
 }
 
-/** The widget whose value counts for an input; null if a node feeds it, or if each use of a subgraph has its own. */
-function one(node, name) {
-  const widgets = new Set(pathsTo(node.graph).map((path) => effectiveWidget(node, name, path)));
-  return widgets.size === 1 ? [...widgets][0] : null;
-}
-
 app.registerExtension({
   name: "elrond.batch",
   setup() {
     const batches = () => allNodes().flatMap((node) => node.elrondBatch ?? []);
-    setInterval(() => batches().forEach((batch) => batch.open && batch.drawTargets()), LOOK_EVERY);
+    setInterval(() => batches().forEach((batch) => batch.look()), LOOK_EVERY);
   },
   nodeCreated(node) {
     if (node.comfyClass === DIVERSIFY) node.elrondBatch = new Batch(node);

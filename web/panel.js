@@ -5,20 +5,22 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { allNodes, effectiveWidget, feeding, pathsTo } from "./graph.js";
-import { LINE_HEIGHT, LOOK_EVERY, ask, box, chain, changed, fit, make, place } from "./parts.js";
+import { BAR_HEIGHT, LINE_HEIGHT, LOOK_EVERY, ask, box, chain, changed, fit, make, place } from "./parts.js";
+import { makeWhen } from "./presets.js";
 import { format, parse, round } from "./values.js";
 
 const LOAD = "ElrondLoadDirections";
 const APPLY = "ElrondApplyDirection";
 const CLOSED_HEIGHT = 34;
 const LEAST_WIDTH = 360;
-const BAR_HEIGHT = 28;
 const MOST_ROWS = 6;
 
 /** The panels of all nodes that are in the workflow. */
 function panels() {
   return allNodes().flatMap((node) => node.elrondPanel ?? []);
 }
+
+let lists = 0;
 
 class Panel {
   constructor(node) {
@@ -74,7 +76,7 @@ class Panel {
   height() {
     if (!this.kept.open) return CLOSED_HEIGHT;
     const rows = Math.max(1, Math.min(this.file ? this.file.directions.length : 0, MOST_ROWS));
-    return CLOSED_HEIGHT + 44 + (this.steers ? 2 : 1) * BAR_HEIGHT + rows * this.rowHeight;
+    return CLOSED_HEIGHT + 44 + (this.steers ? 3 : 1) * BAR_HEIGHT + rows * this.rowHeight;
   }
 
   get rowHeight() {
@@ -94,7 +96,8 @@ class Panel {
     if (this.steers) {
       this.ends = this.makeEnds("the sliders");
       this.bars[0].append("ends", ...this.ends);
-      this.bars.push(this.makeRandomiser());
+      this.when = makeWhen(this.node, (text) => this.draw(text || this.problem));
+      this.bars.push(this.makeRandomiser(), this.when.bar);
     }
     this.bars[0].append(
       make("label", { className: "elrond-right", title: "Show starred directions only" }, this.starred, " ★ only"),
@@ -231,10 +234,24 @@ class Panel {
     if (this.steers && this.node.size[0] < LEAST_WIDTH) this.node.setSize([LEAST_WIDTH, this.node.size[1]]);
   }
 
-  /** Both ends of a slider, or of all that have none of their own. */
+  /** Both ends of a slider, or of all that have none of their own: what is usable, where that is known. */
   range(index) {
     const reach = this.unit === "absolute" ? 60 : 1;
-    return [...(this.kept.ranges?.[index] ?? this.kept.range ?? [-reach, reach])];
+    return [...(this.kept.ranges?.[index] ?? this.kept.range ?? this.usable(index) ?? [-reach, reach])];
+  }
+
+  /** The strengths that Calibrate Directions found usable, in the node's unit; null where that is not known. */
+  usable(index) {
+    const interval = this.unit === "token norms" ? this.file?.directions[index]?.interval : null;
+    return interval && interval[0] < interval[1] ? interval.map(round) : null;
+  }
+
+  /** Strengths of equal change, in the node's unit; none where they are not known. */
+  stops(index) {
+    const stops = this.file?.directions[index]?.stops ?? [];
+    if (this.unit === "token norms") return stops.map(round);
+    const middle = (stops.length - 1) / 2;
+    return this.unit === "absolute" ? [] : stops.map((_, place) => round((place - middle) / middle));
   }
 
   /** Where a slider that is off stands: where it was left, or as near to 0 as it goes. */
@@ -307,6 +324,7 @@ class Panel {
     if (!open) return;
     const on = this.steers ? parse(this.strengths?.value) : new Map();
     if (this.steers) {
+      this.when.draw();
       this.range().forEach((end, place) => (this.ends[place].value = end));
       if (document.activeElement !== this.total) this.total.value = this.kept.total ?? "";
     }
@@ -364,7 +382,9 @@ class Panel {
     if (this.steers) {
       const slide = (event) => this.slide(index, event.target.valueAsNumber);
       parts.on = make("input", { type: "checkbox", onchange: (event) => this.switch(index, event.target.checked) });
+      parts.stops = make("datalist", { id: `elrond-stops-${++lists}` });
       parts.slider = make("input", { type: "range", oninput: slide });
+      parts.slider.setAttribute("list", parts.stops.id);
       parts.value = make("input", { type: "number", step: "any", onchange: slide });
       parts.more = make("button", { type: "button", className: "elrond-more", textContent: "⋯" });
       parts.ends = this.makeEnds(`direction ${index}`, index);
@@ -376,7 +396,7 @@ class Panel {
         parts.more.setAttribute("aria-expanded", String(!own[0].hidden));
       };
       parts.more.setAttribute("aria-expanded", "false");
-      lines.push(line(parts.on, parts.slider, parts.value, parts.more), ...own);
+      lines.push(line(parts.on, parts.slider, parts.stops, parts.value, parts.more), ...own);
     }
     const row = make("li", {}, parts.picture, make("div", { className: "elrond-lines" }, ...lines));
     row.dataset.index = index;
@@ -416,6 +436,7 @@ class Panel {
     parts.on.setAttribute("aria-label", `Use ${title}`);
     Object.assign(parts.slider, { min: lowest, max: highest, step: (highest - lowest) / 200 });
     parts.slider.value = value;
+    this.fillStops(parts, index);
     parts.slider.setAttribute("aria-label", `Strength of ${title}`);
     if (document.activeElement !== parts.value) parts.value.value = round(value);
     parts.value.setAttribute("aria-label", `Exact strength for ${title}`);
@@ -428,6 +449,16 @@ class Panel {
     parts.more.title = `Ends of the slider, and start and end, of ${title}`;
     parts.more.setAttribute("aria-label", parts.more.title);
     for (const part of [parts.on, parts.slider, parts.value, ...parts.window]) part.disabled = !this.strengths;
+  }
+
+  fillStops(parts, index) {
+    const stops = this.stops(index);
+    const shown = JSON.stringify(stops);
+    if (parts.shownStops === shown) return;
+    parts.shownStops = shown;
+    parts.stops.replaceChildren(...stops.map((stop) => make("option", { value: stop })));
+    const ends = stops.length && `Usable from ${stops[0]} to ${stops.at(-1)}; equal changes between the marks.`;
+    parts.slider.title = ends || "";
   }
 
   switch(index, on) {

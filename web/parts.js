@@ -2,8 +2,10 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { allNodes } from "./graph.js";
 
 export const LINE_HEIGHT = 24;
+export const BAR_HEIGHT = 28;
 // Milliseconds between looks at the widgets: a widget on the face of a subgraph calls no node's callback.
 export const LOOK_EVERY = 250;
 // Milliseconds without a change after which what was done is one step to undo.
@@ -76,7 +78,24 @@ export function box(...children) {
 export function place(node, name, root, height) {
   const widget = node.addDOMWidget(name, name, root, { serialize: false, getMinHeight: height, getMaxHeight: height });
   widget.serialize = false;
+  placed.add({ node, name, root });
+  chain(node, "onRemoved", () => placed.forEach((entry) => entry.root === root && placed.delete(entry)));
   return widget;
+}
+
+// The boxes that were placed.
+const placed = new Set();
+
+/** When a graph is loaded in App mode, as undo does, the hidden canvas takes the boxes from the app. This puts them back. */
+function putIntoApp() {
+  if (!document.querySelector("[data-testid=app-mode-widget-item]")) return;
+  const nodes = new Set(allNodes());
+  for (const { node, name, root } of placed) {
+    if (!nodes.has(node)) continue;
+    const key = `${node.graph.id}:${node.id}:${name}`;
+    const slot = document.querySelector(`[data-testid=app-mode-widget-item][data-widget-key="${key}"] [node-type]`);
+    if (slot && !slot.contains(root)) slot.replaceChildren(root);
+  }
 }
 
 /** Makes a node as tall as its content needs, or shrinks it to that. */
@@ -133,6 +152,7 @@ app.registerExtension({
   name: "elrond.parts",
   setup() {
     document.head.append(make("style", { textContent: STYLE }));
+    setInterval(putIntoApp, LOOK_EVERY);
     window.addEventListener("wheel", scrollLists, { capture: true, passive: true });
   },
 });

@@ -13,6 +13,7 @@ from typing import Any
 
 from demo.server import Server
 
+from .examples import AS_VARIED
 from .frontend import Sheet
 
 FOLDER = Path(__file__).parents[1] / "subgraphs"
@@ -59,11 +60,13 @@ def diversify(known: dict[str, Any]) -> dict[str, Any]:
     sheet.column()
     marked, _ = sheet.add("ElrondMarkConcept", conditioning=conditioning, clip=clip, concept=concept)
     sheet.column()
-    diverse = sheet.add("ElrondDiversify", conditioning=marked, directions=directions, count=count, seed=seed)
+    diverse = sheet.add(
+        "ElrondDiversify", conditioning=marked, directions=directions, count=count, seed=seed, **AS_VARIED
+    )
     return sheet.subgraph(
         CATEGORY,
-        "Gives every image of a batch a step of its own along the directions of a word. The count is the latent's "
-        "batch size.",
+        "Gives every image of a batch a step of its own along the directions of a word, from Find "
+        "Directions. The count is the latent's batch size.",
         {"conditioning": diverse[0], "report": diverse[1]},
     )
 

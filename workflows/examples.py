@@ -18,6 +18,8 @@ from .frontend import Output, Sheet
 FOLDER = Path(__file__).parents[1] / "example_workflows"
 PROMPT, CONCEPT = "a photo of a dog in a park", "dog"
 IMAGES = 4
+# The panel's presets "as varied as the base model" and "new composition", for directions of Fit Response Directions.
+AS_VARIED: dict[str, Any] = {"how": "natural", "lowest": 0.3, "highest": 0.3, "end": 0.3}
 
 
 class Use(NamedTuple):
@@ -141,7 +143,7 @@ def write(name: str, load: Callable[[Sheet], Use], known: dict[str, Any]) -> dic
     sheet.group("4. A batch as it is, and a diversified one")
     sheet.column()
     (latent,) = sheet.add(use.latent, **size, batch_size=IMAGES)
-    diverse = sheet.add("ElrondDiversify", conditioning=marked, directions=directions, count=IMAGES)
+    diverse = sheet.add("ElrondDiversify", conditioning=marked, directions=directions, count=IMAGES, **AS_VARIED)
     for title, positive in (("As it is", prompt), ("Diversified", diverse[0])):
         sheet.column()
         (samples,) = sheet.add(
@@ -172,8 +174,8 @@ def _note(use: Use) -> str:
         f"2. **Prompt and concept.** Write your prompt, and the word in *Mark Concept*. Here it is “{CONCEPT}”.\n"
         "3. **Find directions.** 256 images and 1000 gradients: go and have a coffee. If it is interrupted, queue "
         f"again and it goes on. {found}\n"
-        "4. **Use them.** The same noise twice: as it is, and with a step of its own for every image. More: raise "
-        "`highest` of *Diversify*.\n\n"
+        "4. **Use them.** The same noise twice: as it is, and with a step of its own for every image. For more or "
+        "less, choose at the foot of *Diversify* how much the images differ.\n\n"
         "Afterwards the directions are in *Load Directions*: delete group 3 and connect that node. *Apply Direction* "
         "in the place of *Diversify* has a slider for each."
     )

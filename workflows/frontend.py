@@ -16,8 +16,16 @@ WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 WIDTH, BESIDE, BELOW, AROUND, TITLE = 320, 60, 60, 30, 30
 # Heights that the frontend gives to a row of sockets and to a widget, and to a text of several lines.
 ROW, WIDGET, TEXT = 20, 24, 90
+# By how much a widget is taller, with what lies around it, where the frontend draws "Nodes 2.0".
+TALLER = 12
 # What the pack's panels need at least.
-TALL = {"ElrondLoadDirections": 118, "ElrondApplyDirection": 330, "SaveImage": 320, "PreviewAny": 200}
+TALL = {
+    "ElrondLoadDirections": 118,
+    "ElrondApplyDirection": 360,
+    "ElrondDiversify": 480,
+    "SaveImage": 320,
+    "PreviewAny": 200,
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,8 @@ class Output:
 
 # How the host numbers the two ends of a subgraph.
 INLET, OUTLET = -10, -20
+# How the frontend names a widget of a subgraph's face that belongs to an input of the subgraph.
+FACE = "-1"
 
 
 @dataclass
@@ -221,16 +231,16 @@ class Sheet:
             socket["links"] = [*(socket["links"] or []), len(links)]
             ends.append([len(links)])
         right = max(x + width for x, _, width, _ in boxes)
-        inlets, face, promoted = [], [], []
-        for slot, (name, kind, _) in enumerate(self._inlets):
+        inlets, face, promoted, values = [], [], [], []
+        for slot, (name, kind, value) in enumerate(self._inlets):
             numbers = [link[0] for link in links if link[1] == INLET and link[2] == slot]
             pos = [-200, 100 + ROW * slot]
             inlets.append({"id": self._id(f"in {name}"), "name": name, "type": kind, "linkIds": numbers, "pos": pos})
             socket = {"name": name, "type": kind, "link": None}
             if kind in WIDGETS:
                 socket["widget"] = {"name": name}
-                _, _, _, target, place, _ = links[numbers[0] - 1]
-                promoted.append([str(target), nodes[target - 1]["inputs"][place]["name"]])
+                promoted.append([FACE, name])
+                values.append(value)
             face.append(socket)
         definition = {
             "id": self._id("definition"),
@@ -270,11 +280,13 @@ class Sheet:
         }
         widgets = len(promoted)
         height = ROW * max(len(face) - widgets, len(outlets)) + 6 + WIDGET * widgets + 8
+        if any(self._is_text(Output(INLET, slot)) for slot in range(len(self._inlets))):
+            height += TEXT
         node = {
             "id": 1,
             "type": definition["id"],
             "pos": [0, 0],
-            "size": [WIDTH, height + TEXT],
+            "size": [WIDTH, height],
             "flags": {},
             "order": 0,
             "mode": 0,
@@ -284,7 +296,7 @@ class Sheet:
             ],
             "title": self.name,
             "properties": {"proxyWidgets": promoted, "cnr_id": "elrond"},
-            "widgets_values": [],
+            "widgets_values": values,
         }
         return {
             "id": self._id("file"),
@@ -299,6 +311,14 @@ class Sheet:
             "extra": {"frontendVersion": FRONTEND},
             "version": 0.4,
         }
+
+    def _is_text(self, inlet: Output) -> bool:
+        """Whether an input of the subgraph feeds a text of several lines."""
+        return any(
+            entry.multiline and node.inputs.get(entry.name) == inlet
+            for node in self._nodes.values()
+            for entry in entries(self._known[node.kind])
+        )
 
     def _id(self, what: str) -> str:
         return str(uuid.uuid5(NAMESPACE, f"{self.name}: {what}"))
@@ -315,8 +335,9 @@ class Sheet:
                     node = self._nodes[number]
                     node.size = (WIDTH, self._height(node.kind))
                     node.pos = (x, y)
-                    y += node.size[1] + BELOW
-                bottom = max(bottom, y - BELOW)
+                    bottom = max(bottom, y + node.size[1])
+                    widgets = sum(entry.is_widget for entry in entries(self._known[node.kind]))
+                    y += node.size[1] + BELOW + TALLER * widgets
                 x += WIDTH + BESIDE
             boxes.append((left, 0, x - BESIDE + AROUND - left, bottom + AROUND))
             left = x - BESIDE + AROUND + BESIDE

@@ -123,9 +123,13 @@ def panel(server: Server, path: Path) -> None:
                 }
                 const sampler = window.app.graph.getNodeById(6);
                 sampler.widgets.find((widget) => widget.name === "control_after_generate").value = "fixed";
+                // Fields that are out of sight cannot be moved.
+                window.app.canvas.ds.scale = 0.8;
+                window.app.canvas.ds.offset = [120, 260];
+                window.app.canvas.setDirty(true, true);
             }"""
         )
-        page.locator(".elrond-head").nth(1).click()
+        page.get_by_label("Use dark → bright", exact=True).wait_for()
         for name, strength in (("dark → bright", "-0.5"), ("small → large", "0.6")):
             page.get_by_label(f"Use {name}", exact=True).check()
             page.get_by_label(f"Strength of {name}", exact=True).fill(strength)

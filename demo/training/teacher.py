@@ -97,7 +97,7 @@ def new_models(device: str) -> torch.nn.ModuleDict:
     initialise(unet, generator)
     text = TextEncoder(Tokens(), generator)
     models = torch.nn.ModuleDict({"unet": unet, "text": text})
-    return models.to(device, memory_format=torch.channels_last).requires_grad_(True)
+    return models.to(memory_format=torch.channels_last).to(device).requires_grad_(True)
 
 
 def shifted(time: torch.Tensor) -> torch.Tensor:
@@ -129,7 +129,8 @@ def velocity(unet: torch.nn.Module, noisy: torch.Tensor, levels: torch.Tensor, r
 
 def optimizer_of(models: torch.nn.Module, rate: float, decay: float) -> Muon:
     """Muon for hidden matrices, AdamW for first and last layers, embeddings, gains and biases."""
-    matrices, others = [], []
+    matrices: list[torch.Tensor] = []
+    others: list[torch.Tensor] = []
     for name, parameter in models.named_parameters():
         hidden = parameter.ndim > 1 and not any(end in name for end in _ENDS)
         (matrices if hidden else others).append(parameter)

@@ -120,7 +120,7 @@ class Unsteered:
         if not torch.isfinite(self._all).all():
             raise ElrondError("An unsteered image holds numbers that are not finite: look at the model's images first.")
         between = distances(self._all, self._all)
-        first, second = torch.triu_indices(*between.shape, 1)
+        first, second = torch.triu_indices(len(between), len(between), 1)
         self.reach = float(between[first, second].median()) / 2
         if not self.reach > 0:
             raise ElrondError(

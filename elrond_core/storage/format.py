@@ -436,8 +436,9 @@ def _is_calibration(interval: Any, stops: Any, count: int) -> bool:
 
 def _is_stops(ends: Any, stops: Any) -> bool:
     """Whether these are the ends and the stops of one direction, which may have none."""
-    numbers = [*ends, *stops] if isinstance(ends, list) and isinstance(stops, list) else [None]
-    if not all(type(x) in (int, float) and abs(x) <= STRENGTH_LIMIT for x in numbers) or len(ends) != 2:
+    if not (isinstance(ends, list) and isinstance(stops, list) and len(ends) == 2):
+        return False
+    if not all(type(x) in (int, float) and abs(x) <= STRENGTH_LIMIT for x in (*ends, *stops)):
         return False
     if not stops:
         return ends == [0, 0]

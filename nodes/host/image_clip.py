@@ -6,10 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import nodes
-
 from ...elrond_core.errors import ElrondError
-from .upstream import ImageNode
+from .upstream import HOST_NODES, ImageNode
 
 
 class ImageClip:
@@ -25,11 +23,12 @@ class ImageClip:
     Attributes:
         cond_stage_model: the encoder.
         tokenizer: the host's tokenizer.
+        plain: the CLIP that the node encodes with, as it encodes texts alone.
     """
 
     def __init__(self, clip: Any, node: ImageNode, images: dict[str, Any]) -> None:
         self.cond_stage_model, self.tokenizer = clip.cond_stage_model, clip.tokenizer
-        self._clip, self._node = clip, node
+        self.plain, self._node = clip, node
         self._inputs: dict[str, Any] = {}
         for name, value in {**node.values, **images}.items():
             group, _, socket = name.partition(".")
@@ -44,10 +43,10 @@ class ImageClip:
         Raises:
             ElrondError: if the node fails before it asks for tokens, or asks for none.
         """
-        kind = nodes.NODE_CLASS_MAPPINGS[self._node.kind]
+        kind = HOST_NODES.NODE_CLASS_MAPPINGS[self._node.kind]
         # Newer nodes are classes with a method of the class, older ones are made for each run.
         run = kind.execute if hasattr(kind, "define_schema") else getattr(kind(), kind.FUNCTION)
-        listener = _Listener(self._clip, return_word_ids)
+        listener = _Listener(self.plain, return_word_ids)
         try:
             run(**{**self._inputs, self._node.clip: listener, self._node.text: text})
         except _AskedError as asked:
@@ -58,7 +57,7 @@ class ImageClip:
 
     def encode_from_tokens_scheduled(self, tokens: Any) -> Any:
         """As the CLIP does."""
-        return self._clip.encode_from_tokens_scheduled(tokens)
+        return self.plain.encode_from_tokens_scheduled(tokens)
 
 
 class _AskedError(Exception):
@@ -72,6 +71,10 @@ class _AskedError(Exception):
 class _Listener:
     def __init__(self, clip: Any, return_word_ids: bool) -> None:
         self._clip, self._return_word_ids = clip, return_word_ids
+
+    def __getattr__(self, name: str) -> Any:
+        # A node may name what it encodes with before it asks for tokens: clip.encode(clip.tokenize(text)).
+        return getattr(self._clip, name)
 
     def tokenize(self, text: str, **options: Any) -> Any:
         raise _AskedError(self._clip.tokenize(text, return_word_ids=self._return_word_ids, **options))

@@ -14,7 +14,7 @@ import transformers
 from ...elrond_core.errors import ElrondError
 from ...elrond_core.prompt import Concept, Span, Token, changed_tokens, common, replacements
 from .conditioning import Conditioning
-from .image_clip import counted_images
+from .image_clip import ImageClip, counted_images
 
 
 def family_of(clip: Any) -> str:
@@ -24,7 +24,7 @@ def family_of(clip: Any) -> str:
     if kind.__module__.endswith(".hunyuan_image"):
         return "HunyuanImage"
     name = kind.__name__.rstrip("_")
-    for suffix in ("ClipModel", "TEModel", "TextEncoder", "Model"):
+    for suffix in ("ClipModel", "TEModel", "TextEncoder", "Model", "TE"):
         if name.endswith(suffix) and name != suffix:
             return name.removesuffix(suffix)
     return name
@@ -155,8 +155,13 @@ class EncodedPrompt:
         # An encoder that drops a chat template returns fewer rows than tokens. What it drops beyond those before the
         # prompt comes after it. Rows that an encoder appends move none of the others.
         dropped = max(0, sum(lengths) - rows)
-        dropped = dropped if first is None else min(dropped, first)
-        self._starts = [sum(lengths[:group]) - dropped for group in range(len(lengths))]
+        if self._images and isinstance(clip, ImageClip):
+            # Of the rows before the prompt, those of its images stay. A text alone tells what is dropped after it.
+            before = max(0, dropped - EncodedPrompt(clip.plain, _PROBES[0])._dropped_after)
+        else:
+            before = dropped if first is None else min(dropped, first)
+        self._dropped_after: int = dropped - before
+        self._starts = [sum(lengths[:group]) - before for group in range(len(lengths))]
         self._stops = [min(rows, start + length) for start, length in zip(self._starts, lengths, strict=True)]
         self.tokens = [token for group in range(len(lengths)) for token in self._read(group)]
 

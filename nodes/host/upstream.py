@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from comfy_execution.graph_utils import GraphBuilder, is_link
 
-import nodes
-
+# The host's module, which has the name of this pack's own.
+HOST_NODES: Any = importlib.import_module("nodes")
 # The host's name for inputs that grow by one socket for each that is connected starts with this.
 _GROWING = "COMFY_AUTOGROW"
 
@@ -105,7 +106,7 @@ def _before(hidden: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _kinds(class_type: str) -> dict[str, str]:
     """The types of a node's inputs, by name; a choice of several has none."""
-    found = nodes.NODE_CLASS_MAPPINGS.get(class_type)
+    found = HOST_NODES.NODE_CLASS_MAPPINGS.get(class_type)
     declared = found.INPUT_TYPES() if found else {}
     return {
         name: kind

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from demo.browser import PATIENCE
 from demo.server import PACK, Server
 from tests.e2e.pages import ROOT, run, shot
 from workflows.blueprints import BLUEPRINTS
@@ -202,11 +203,23 @@ def wires(definition: dict[str, Any]) -> set[tuple[str, ...]]:
     return out
 
 
-def test_the_frontend_knows_the_blueprints_as_nodes(quiet: Any) -> None:
-    for name in (FIND, DIVERSIFY, STEER):
-        quiet.wait_for_function(
-            "(name) => name in window.LiteGraph.registered_node_types", arg=f"SubgraphBlueprint.{name}"
-        )
+# What the frontend offers among its nodes; up to version 1.32.9 subgraphs have a store of their own.
+OFFERED = """() => {
+    const { $pinia } = document.querySelector('#vue-app').__vue_app__.config.globalProperties;
+    const { nodeDefs } = $pinia._s.get('nodeDef');
+    const { subgraphBlueprints } = $pinia._s.get('subgraph');
+    return [...nodeDefs, ...(subgraphBlueprints ?? [])]
+        .filter((each) => each.name.startsWith('SubgraphBlueprint.')).map((each) => each.display_name);
+}"""
+
+
+def test_the_frontend_offers_the_blueprints_as_nodes(quiet: Any) -> None:
+    for _ in range(PATIENCE // 100):
+        offered = quiet.evaluate(OFFERED)
+        if {FIND, DIVERSIFY, STEER} <= set(offered):
+            return
+        quiet.wait_for_timeout(100)
+    raise AssertionError(offered)
 
 
 def test_find_directions_and_diversify_with_them(quiet: Any, server: Server, known: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from demo.browser import PATIENCE, open_page, post
 from demo.server import Server
-from elrond_core.storage.format import load_directions
+from elrond_core.storage.format import load_directions, save_directions
 from tests.e2e.pages import ROOT, graph, queued, run, shot, show, strengths
 
 WORDS = "demo thing words"
@@ -187,11 +188,16 @@ def test_undo_and_redo_move_the_slider(page: Any, stored: str) -> None:
     # What is done together is one step to undo.
     pause = 700
     page.wait_for_timeout(pause)
-    page.evaluate("() => window.app.extensionManager.workflow.activeWorkflow.changeTracker.reset()")
+    tracker = "window.app.extensionManager.workflow.activeWorkflow.changeTracker"
+    # The layout of `show` is a step of its own.
+    page.evaluate(
+        f"() => {{ const tracker = {tracker}; (tracker.captureCanvasState ?? tracker.checkState).call(tracker); }}"
+    )
+    before = page.evaluate(f"() => {tracker}.undoQueue.length")
     page.get_by_label("Use direction 0", exact=True).check()
-    page.wait_for_timeout(pause)
+    page.wait_for_function(f"(before) => {tracker}.undoQueue.length === before + 1", arg=before)
     page.get_by_label("Strength of direction 0", exact=True).press("End")
-    page.wait_for_timeout(pause)
+    page.wait_for_function(f"(before) => {tracker}.undoQueue.length === before + 2", arg=before)
     assert strengths(page) == "0: 1"
     for key, wanted in (("z", "0: 0"), ("z", ""), ("y", "0: 0"), ("y", "0: 1")):
         page.evaluate("() => document.activeElement.blur()")
@@ -203,6 +209,8 @@ def test_undo_and_redo_move_the_slider(page: Any, stored: str) -> None:
         assert panel.get_by_label("Use direction 0", exact=True).is_checked() == bool(wanted)
         exact = panel.get_by_label("Exact strength for direction 0", exact=True)
         assert exact.input_value() == (wanted.partition(": ")[2] or "0")
+        # A key is not heard while the graph is still being loaded.
+        page.wait_for_timeout(pause)
 
 
 def test_a_direction_acts_in_its_own_part_of_the_sampling(page: Any, server: Server, stored: str) -> None:
@@ -339,6 +347,109 @@ def test_what_an_image_got_is_known_in_a_subgraph(page: Any, server: Server) -> 
     page.evaluate(f"() => {{ {inside}.elrondBatch.toggle(); {inside}.elrondBatch.copy(1); }}")
     copied = page.evaluate("() => window.app.graph.getNodeById(14).widgets.find((w) => w.name === 'strengths').value")
     assert copied == page.evaluate(f"() => {inside}.elrondBatch.got.strengths[1]")
+
+
+FAR = "How far the images go: how, lowest and highest"
+WHEN = "In which part of the sampling it acts: start and end"
+
+
+def choose(page: Any, label: str, choice: str) -> None:
+    page.get_by_label(label, exact=True).first.select_option(choice)
+
+
+def wait_for(page: Any, node: int, **values: Any) -> None:
+    page.wait_for_function(
+        """([id, values]) => Object.entries(values).every(([name, value]) =>
+            window.app.graph.getNodeById(id).widgets.find((widget) => widget.name === name).value === value)""",
+        arg=[node, values],
+    )
+
+
+def batch_of(file: str, count: int) -> dict[str, Any]:
+    """A diversified batch with no other node that steers."""
+    nodes = diversified(count)
+    nodes["3"]["inputs"]["name"] = file
+    return {key: node for key, node in nodes.items() if key not in ("14", "16", "17", "18")}
+
+
+def test_presets_write_the_numbers_and_follow_them(page: Any, server: Server, stored: str) -> None:
+    page.evaluate(LOAD_API, batch_of(WORDS, 3))
+    chosen = page.get_by_label(FAR, exact=True)
+    chosen.wait_for()
+    assert chosen.input_value() == "own numbers"
+    choose(page, FAR, "wild")
+    wait_for(page, 4, how="natural", lowest=0.7, highest=0.7, total=0)
+    choose(page, WHEN, "keep the composition: late steps")
+    wait_for(page, 4, start=0.3, end=1)
+    late = run(page, server, "8")
+    choose(page, WHEN, "new composition: first steps")
+    wait_for(page, 4, start=0, end=0.3)
+    first = run(page, server, "8")
+    assert np.abs(first[0] - late[0]).max() > 20 and np.abs(first[0] - first[1]).max() > 20
+    # They are kept as numbers, and read from them again.
+    page.evaluate(OPEN, page.evaluate(SERIALIZE))
+    page.wait_for_function("(label) => document.querySelector(`[aria-label='${label}']`)?.value === 'wild'", arg=FAR)
+    assert page.get_by_label(WHEN, exact=True).first.input_value() == "new composition: first steps"
+    page.evaluate("() => { window.app.graph.getNodeById(4).widgets.find((w) => w.name === 'lowest').value = 0.6; }")
+    page.wait_for_function(
+        "(label) => document.querySelector(`[aria-label='${label}']`).value === 'own numbers'", arg=FAR
+    )
+
+
+def test_presets_spread_where_the_models_variety_is_unknown(page: Any, server: Server) -> None:
+    shipped = load_directions(ROOT / "demo" / "directions" / "demo thing.safetensors")
+    path = server.output / "elrond" / "directions" / "without variety.safetensors"
+    save_directions(replace(shipped, natural_std=()), path)
+    page.evaluate(LOAD_API, batch_of("without variety", 2))
+    choose(page, FAR, "as varied as the base model")
+    wait_for(page, 4, how="spread", lowest=0.3, highest=0.7, unit="auto")
+    page.get_by_text("How far the model varies along these directions is not known").wait_for()
+    images = run(page, server, "8")
+    assert np.abs(images[0] - images[1]).max() > 20
+
+
+def test_a_part_of_the_sampling_is_chosen_for_all_sliders(page: Any, stored: str) -> None:
+    show(page, stored)
+    choose(page, WHEN, "keep the composition: late steps")
+    wait_for(page, 4, start=0.3, end=1)
+    page.evaluate(
+        """() => {
+            const nodes = new Set([window.app.graph.getNodeById(4)]);
+            window.outer = window.app.graph.convertToSubgraph(nodes).node;
+        }"""
+    )
+    inside = "window.outer.subgraph.nodes[0]"
+    page.wait_for_function(f"() => {inside}.elrondPanel.when.select.value === 'keep the composition: late steps'")
+    page.evaluate(
+        f"""() => {{
+            const input = {inside}.inputs.find((each) => each.widget?.name === 'start');
+            window.outer.subgraph.addInput('start', input.type).connect(input, {inside});
+            {inside}.elrondPanel.when.choose('throughout');
+        }}"""
+    )
+    page.wait_for_function("() => window.outer.widgets.find((widget) => widget.name === 'start').value === 0")
+
+
+def test_sliders_of_calibrated_directions_end_where_they_are_usable(page: Any, server: Server) -> None:
+    """In token norms at the interval, else at 1; with a mark at every stop."""
+    shipped = load_directions(ROOT / "demo" / "directions" / "demo thing.safetensors")
+    stops = (-0.8, -0.3, 0.0, 0.5, 1.4)
+    none = len(shipped) - 1
+    calibrated = replace(shipped, intervals=((-0.8, 1.4), *none * [(0.0, 0.0)]), stops=(stops, *none * [()]))
+    save_directions(calibrated, server.output / "elrond" / "directions" / "calibrated.safetensors")
+    show(page, "calibrated")
+    slider = page.get_by_label("Strength of direction 0", exact=True)
+    assert [slider.get_attribute(end) for end in ("min", "max")] == ["-0.8", "1.4"]
+    other = page.get_by_label("Strength of direction 1", exact=True)
+    assert [other.get_attribute(end) for end in ("min", "max")] == ["-1", "1"]
+    marks = "(slider) => [...slider.list.options].map((each) => Number(each.value))"
+    assert (slider.evaluate(marks), other.evaluate(marks)) == (list(stops), [])
+    page.evaluate("() => { window.app.graph.getNodeById(4).widgets.find((w) => w.name === 'unit').value = 'auto'; }")
+    page.wait_for_function("() => document.querySelector('[aria-label=\"Strength of direction 0\"]').max === '1'")
+    assert slider.evaluate(marks) == [-1, -0.5, 0, 0.5, 1]
+    unfold_row(page, "direction 0")
+    set_field(page, "Highest strength of direction 0", "3")
+    assert slider.get_attribute("max") == "3"
 
 
 def test_shipped_directions_have_pictures() -> None:

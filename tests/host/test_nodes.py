@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 from dataclasses import replace
@@ -353,3 +354,19 @@ def test_the_vae_gives_back_what_it_took(teacher: SimpleNamespace) -> None:
     assert torch.equal(seen.factors["shape"], factors["shape"])
     for name in ("hue", "size", "x", "y", "background"):
         assert (seen.factors[name] - factors[name]).abs().max() < 0.06, name
+
+
+@pytest.mark.parametrize("wrong", [[1], {"a": 1}, 3.5, "text", True], ids=repr)
+def test_values_of_another_type_are_no_errors_of_python(nodes: dict[str, Any], wrong: Any) -> None:
+    checked = 0
+    for node_id, node in nodes.items():
+        schema = node.define_schema()
+        usual = {entry.id: getattr(entry, "default", None) for entry in schema.inputs}
+        names = [name for name in inspect.signature(node.validate_inputs).parameters if name in usual]
+        for changed in ([name] for name in names):
+            values = {name: wrong if name in changed else usual[name] for name in names}
+            answer = node.validate_inputs(**values)
+            assert answer is True or (isinstance(answer, str) and answer), (node_id, changed)
+            checked += 1
+        assert not names or node.validate_inputs(**dict.fromkeys(names, wrong)) is not None
+    assert checked > 40

@@ -80,7 +80,7 @@ ENCODERS = (
     (r" ideogram4 ", "Ideogram4"),
     (r" joyimage ", "JoyImage"),
     (r" ovis ", "Ovis"),
-    (r" pixeldit ", "PixelDiTTE"),
+    (r" pixeldit ", "PixelDiT"),
 )
 # What a template's model is in the tests, by the name of its file.
 MODELS = (

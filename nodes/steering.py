@@ -19,6 +19,7 @@ from ..elrond_core.steering.draws import (
     NATURAL,
     RANDOM,
     SCORE,
+    SPREAD,
     Draw,
     change_of,
     check_share,
@@ -42,15 +43,21 @@ from .widget_text import STRENGTH_LIMIT, strengths_of, windows_of
 
 # Characters of strengths that are sent to the browser: mixes of thousands of directions are long.
 _MOST_SENT = 2**20
+# Where natural steps are not known, steps reach this many times as many token norms as natural ones were to.
+_FURTHER = 2.0
 # The choices of Diversify's `weights`, as saved graphs name them.
 _WEIGHTS = {"equal": EQUAL, "by score": SCORE, "by firing density": DENSITY}
 
 _START = io.Float.Input(
     "start", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Share of the sampling at which steering starts."
 )
-_END = io.Float.Input(
-    "end", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Share of the sampling at which steering ends."
-)
+
+
+def _end(default: float) -> Any:
+    tooltip = "Share of the sampling at which steering ends."
+    return io.Float.Input("end", default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
+
+
 _MASK = io.Mask.Input(
     "mask",
     optional=True,
@@ -106,7 +113,7 @@ class ApplyDirection(io.ComfyNode):
                 ),
                 UNIT_INPUT,
                 _START,
-                _END,
+                _end(1.0),
                 CONCEPT_INPUT,
                 io.String.Input(
                     "strengths",
@@ -179,9 +186,9 @@ class Diversify(io.ComfyNode):
                 ),
                 seed_input("Fixes what every image gets; image i depends on the seed and i only."),
                 io.Float.Input(
-                    "lowest", default=0.2, min=0.0, max=1000.0, step=0.05, tooltip="Strengths are uniform from here …"
+                    "lowest", default=0.3, min=0.0, max=1000.0, step=0.05, tooltip="Strengths are uniform from here …"
                 ),
-                io.Float.Input("highest", default=0.8, min=0.0, max=1000.0, step=0.05, tooltip="… to here."),
+                io.Float.Input("highest", default=0.3, min=0.0, max=1000.0, step=0.05, tooltip="… to here."),
                 UNIT_INPUT,
                 io.Int.Input(
                     "mix",
@@ -195,17 +202,18 @@ class Diversify(io.ComfyNode):
                 ),
                 io.Boolean.Input("both_signs", default=True, tooltip="Go either way along a direction."),
                 _START,
-                _END,
+                _end(0.3),
                 CONCEPT_INPUT,
                 io.Combo.Input(
                     "how",
                     options=list(METHODS),
-                    default=RANDOM,
+                    default=NATURAL,
                     optional=True,
                     tooltip="random: each image draws on its own, as in the paper. spread: mixes of all leading "
                     "directions that lie evenly apart, so that a small batch covers more. natural: such mixes in the "
                     "proportions in which the model's own images vary; strengths are multiples of that (unit is not "
-                    "used). Needs directions of Fit Response or Fit Word Directions.",
+                    "used). Directions that do not know it, such as those of Fit PCA, are spread over one to two times "
+                    "the strengths.",
                 ),
                 io.Combo.Input(
                     "weights",
@@ -266,6 +274,11 @@ class Diversify(io.ComfyNode):
         total: float = 0.0,
     ) -> io.NodeOutput:
         """Draw and steer."""
+        note = ""
+        if how == NATURAL and not directions.natural_std:
+            # Natural steps use no unit, so that a saved graph may have any.
+            how, highest, unit = SPREAD, _FURTHER * highest, unit if total else AUTO
+            note = _unknown(lowest, highest, total)
         if how == NATURAL and not total:
             unit = ABSOLUTE
         elif how == NATURAL and unit == AUTO:
@@ -296,12 +309,22 @@ class Diversify(io.ComfyNode):
             f"image {i}: strengths {text} in {unit}{f' ({name})' if name else ''}"
             for i, (text, name) in enumerate(zip(texts, names, strict=True))
         )
+        report += note
         steered = host.steer_conditioning(conditioning, change, start, end, mask)
         # For the panel. The host does not count texts under such names as outputs.
         fitting = sum(size <= _MOST_SENT for size in itertools.accumulate(map(len, texts)))
         summaries = [_summary(directions, draw) for draw in draws[:fitting]]
         shown = {"elrond_strengths": texts[:fitting], "elrond_summaries": summaries, "elrond_unit": [unit]}
         return io.NodeOutput(steered, report, ui=shown)
+
+
+def _unknown(lowest: float, highest: float, total: float) -> str:
+    """The last line of a report on directions along which the model's variety is not known."""
+    far = f"{total:g} long" if total else f"{lowest:g} to {highest:g} long"
+    return (
+        "\nHow far the model varies along these directions is not known, so the steps lie evenly apart and are "
+        f"{far}. Fit Response Directions and Fit Word Directions know it."
+    )
 
 
 def _by_size(directions: Directions, draw: Draw) -> list[tuple[int, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,14 +50,19 @@ def first_error(*checks: tuple[Any, ...]) -> bool | str:
 
     Args:
         checks: each a function that raises ElrondError, followed by its arguments. A check with an argument that is
-            None is skipped: the value of a wired input is not known yet.
+            None is skipped: the value of a wired input is not known yet. Values of another type, as programs may send
+            them, are named instead of the error that they cause.
     """
-    try:
-        for check, *values in checks:
-            if not any(value is None for value in values):
-                check(*values)
-    except ElrondError as error:
-        return str(error)
+    for check, *values in checks:
+        if any(value is None for value in values):
+            continue
+        try:
+            check(*values)
+        except ElrondError as error:
+            return str(error)
+        except (TypeError, AttributeError):
+            sent = ", ".join(repr(value)[:80] for value in values if not isinstance(value, Path))
+            return f"A value here has another type than its input: {sent}."
     return True
 
 

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..gradients import Gradients
 from ..provenance import Provenance
 from .atomic_write import atomic_write, locked, make_folder, reason, remove_abandoned
 from .tensors import CHECKSUM, Entries, Metadata, Tensors, encode, header, plain, read, shown
+from .values import is_calibration, is_text, list_of, numbers
 
 FORMAT_VERSION = "2"
 # Version 1 is the same without a checksum.
@@ -59,10 +59,6 @@ _KEYS = {
 _KNOWN = {kind: keys | _OPTIONAL | {CHECKSUM} for kind, keys in _KEYS.items()}
 # Attributes of `Gradients` whose tensors have another name in files.
 _ATTRIBUTES = {"response": "probes", "response_sigma": "probe_sigma"}
-# The largest strength, as the nodes' own fields have it.
-STRENGTH_LIMIT = 1000.0
-# Stops of one direction: far more than a slider shows.
-_MAX_STOPS = 201
 # Characters that would end a line, or are none.
 _NOT_IN_NAMES = {"Cc", "Cs", "Zl", "Zp"}
 
@@ -347,8 +343,8 @@ def _provenance(name: str, kind: str, metadata: Metadata) -> Provenance:
         token_norm = float(metadata["token_norm"])
     except ValueError:
         token_norm = math.nan
-    texts = _list_of(tokens, str) and all(map(_is_text, [*tokens, *metadata.values()])) and 0 < token_norm < math.inf
-    if not (texts and _numbers(sigma) and all(_list_of(whole, int) and _numbers(whole) for whole in (rows, seeds))):
+    texts = list_of(tokens, str) and all(map(is_text, [*tokens, *metadata.values()])) and 0 < token_norm < math.inf
+    if not (texts and numbers(sigma) and all(list_of(whole, int) and numbers(whole) for whole in (rows, seeds))):
         raise ElrondError(f"{name} has seeds, rows, tokens, sigma or token_norm that cannot be understood.")
     return Provenance(
         family=metadata["family"],
@@ -373,15 +369,15 @@ def _described(name: str, metadata: Metadata, count: int) -> dict[str, Any]:
     names, stars = _decode(metadata, "names", name), _decode(metadata, "stars", name)
     reach, densities = (_decode(metadata, key, name) if key in metadata else [] for key in ("reach", "densities"))
     good = isinstance(method, dict) and all(isinstance(value, str) for value in method.values())
-    good = good and all(map(_is_text, [*method, *method.values()]))
-    good = good and _list_of(names, str, count) and _list_of(stars, bool, count)
-    good = good and _numbers(reach) and _numbers(densities, most=1)
+    good = good and all(map(is_text, [*method, *method.values()]))
+    good = good and list_of(names, str, count) and list_of(stars, bool, count)
+    good = good and numbers(reach) and numbers(densities, most=1)
     if not (good and {len(reach), len(densities)} <= {0, count}):
         raise ElrondError(
             f"{name} has a method, names, stars, reach or densities that do not fit its {count} directions."
         )
     interval, stops = (_decode(metadata, key, name) if key in metadata else [] for key in ("interval", "stops"))
-    if not _is_calibration(interval, stops, count):
+    if not is_calibration(interval, stops, count):
         raise ElrondError(f"{name} has an interval or stops that are no calibration of its {count} directions.")
     for index, text in enumerate(names):
         unfit = next((character for character in text if unicodedata.category(character) in _NOT_IN_NAMES), None)
@@ -411,40 +407,6 @@ def _integer(metadata: Metadata, key: str, name: str) -> int:
     if not re.fullmatch("[0-9]{1,20}", metadata[key]):
         raise ElrondError(f"{name} has a {key} that is not a whole number of zero or more.")
     return int(metadata[key])
-
-
-def _is_text(value: str) -> bool:
-    """Whether every program can show it: it has no NUL and no half of a surrogate pair."""
-    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
-
-
-def _list_of(value: Any, kind: type, count: int | None = None) -> bool:
-    return isinstance(value, list) and all(type(x) is kind for x in value) and count in (None, len(value))
-
-
-def _numbers(value: Any, most: float = sys.float_info.max) -> bool:
-    """Whether this is a list of numbers from 0 to `most`; JavaScript writes 1.0 as 1."""
-    return isinstance(value, list) and all(type(x) in (int, float) and 0 <= x <= most for x in value)
-
-
-def _is_calibration(interval: Any, stops: Any, count: int) -> bool:
-    """Whether these are ends and stops of `count` directions, or of none; see `Directions`."""
-    if not (isinstance(interval, list) and isinstance(stops, list) and len(interval) == len(stops)):
-        return False
-    return len(stops) in (0, count) and all(map(_is_stops, interval, stops))
-
-
-def _is_stops(ends: Any, stops: Any) -> bool:
-    """Whether these are the ends and the stops of one direction, which may have none."""
-    if not (isinstance(ends, list) and isinstance(stops, list) and len(ends) == 2):
-        return False
-    if not all(type(x) in (int, float) and abs(x) <= STRENGTH_LIMIT for x in (*ends, *stops)):
-        return False
-    if not stops:
-        return ends == [0, 0]
-    middle = len(stops) // 2
-    good = 3 <= len(stops) <= _MAX_STOPS and len(stops) % 2 == 1 and stops[middle] == 0 and stops == sorted(stops)
-    return good and ends[0] <= stops[0] and stops[-1] <= ends[1]
 
 
 def check_values(name: str, kind: str, tensors: Tensors) -> None:

@@ -184,6 +184,8 @@ def test_a_copy_has_sliders_of_its_own(page: Any, stored: str) -> None:
 
 def test_undo_and_redo_move_the_slider(page: Any, stored: str) -> None:
     """Step by step, with the panel as it was."""
+    from playwright.sync_api import expect
+
     show(page, stored)
     # What is done together is one step to undo.
     pause = 700
@@ -199,18 +201,16 @@ def test_undo_and_redo_move_the_slider(page: Any, stored: str) -> None:
     page.get_by_label("Strength of direction 0", exact=True).press("End")
     page.wait_for_function(f"(before) => {tracker}.undoQueue.length === before + 2", arg=before)
     assert strengths(page) == "0: 1"
-    for key, wanted in (("z", "0: 0"), ("z", ""), ("y", "0: 0"), ("y", "0: 1")):
-        page.evaluate("() => document.activeElement.blur()")
-        page.keyboard.press(f"Control+{key}")
+    for command, wanted in (("Undo", "0: 0"), ("Undo", ""), ("Redo", "0: 0"), ("Redo", "0: 1")):
+        # What the keys do; the host drops keys that come while it is still loading the step before.
+        page.evaluate("(id) => window.app.extensionManager.command.execute(id)", f"Comfy.{command}")
         value = "window.app.graph.getNodeById(4)?.widgets.find((widget) => widget.name === 'strengths').value"
         page.wait_for_function(f"(wanted) => {value} === wanted", arg=wanted)
         assert expanded(page, 4)
         panel = page.locator("#panel-4")
-        assert panel.get_by_label("Use direction 0", exact=True).is_checked() == bool(wanted)
         exact = panel.get_by_label("Exact strength for direction 0", exact=True)
-        assert exact.input_value() == (wanted.partition(": ")[2] or "0")
-        # A key is not heard while the graph is still being loaded.
-        page.wait_for_timeout(pause)
+        expect(exact).to_have_value(wanted.partition(": ")[2] or "0")
+        assert panel.get_by_label("Use direction 0", exact=True).is_checked() == bool(wanted)
 
 
 def test_a_direction_acts_in_its_own_part_of_the_sampling(page: Any, server: Server, stored: str) -> None:

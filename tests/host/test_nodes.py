@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 from dataclasses import replace
@@ -353,3 +354,38 @@ def test_the_vae_gives_back_what_it_took(teacher: SimpleNamespace) -> None:
     assert torch.equal(seen.factors["shape"], factors["shape"])
     for name in ("hue", "size", "x", "y", "background"):
         assert (seen.factors[name] - factors[name]).abs().max() < 0.06, name
+
+
+@pytest.mark.parametrize("wrong", [[1], {"a": 1}, 3.5, "text", True], ids=repr)
+def test_values_of_another_type_are_no_errors_of_python(nodes: dict[str, Any], wrong: Any) -> None:
+    checked = 0
+    for node_id, node in nodes.items():
+        schema = node.define_schema()
+        usual = {entry.id: getattr(entry, "default", None) for entry in schema.inputs}
+        names = [name for name in inspect.signature(node.validate_inputs).parameters if name in usual]
+        for changed in ([name] for name in names):
+            values = {name: wrong if name in changed else usual[name] for name in names}
+            answer = node.validate_inputs(**values)
+            assert answer is True or (isinstance(answer, str) and answer), (node_id, changed)
+            checked += 1
+        assert not names or node.validate_inputs(**dict.fromkeys(names, wrong)) is not None
+    assert checked > 40
+
+
+def test_a_new_diversify_works_with_any_directions(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
+    """Natural steps where they are known, else steps that lie evenly apart, and the report says so."""
+    node = nodes["ElrondDiversify"]
+    usual = {entry.id: entry.default for entry in node.define_schema().inputs if hasattr(entry, "default")}
+    usual = {name: value for name, value in usual.items() if value is not None} | {"count": 8, "seed": 1}
+    known = replace(directions(), natural_std=(0.3, 0.2, 0.1))
+
+    def report(given: Directions, **changes: Any) -> list[str]:
+        return node.execute(teacher.positive, given, **{**usual, **changes}).args[1].splitlines()
+
+    assert len(report(known)) == 8 and all("in absolute" in line for line in report(known))
+    *lines, note = report(directions())
+    assert lines == report(directions(), how="spread", lowest=0.3, highest=0.6)
+    assert note.startswith("How far the model varies along these directions is not known") and "0.3 to 0.6 long" in note
+    # A unit that natural steps did not use does not make the others tiny.
+    assert report(directions(), unit="absolute") == [*lines, note]
+    assert "0.5 long" in report(directions(), total=0.5)[-1]

@@ -227,7 +227,7 @@ NEWER: dict[str, Callable[[str], Encoder]] = {
     "Boogu": _newer("boogu", "BooguTokenizer", {"qwen3vl_8b": llama(151936)}),
     "JoyImage": _newer("joyimage", "JoyImageTokenizer", {"qwen3vl_8b": llama(151936)}),
     "Krea2": _newer("krea2", "Krea2Tokenizer", {"qwen3vl_4b": qwen3(36)}),
-    "PixelDiTTE": _newer(
+    "PixelDiT": _newer(
         "pixeldit",
         "PixelDiTGemma2Tokenizer",
         {"gemma2_2b": llama(50304)},
@@ -245,7 +245,7 @@ for _name, _make in NEWER.items():
         continue
 CHATTY = (
     *("ZImage", "QwenImage", "HunyuanImage", "Omnigen2", "HunyuanVideo"),
-    *(name for name in NEWER if name not in ("Anima", "PixelDiTTE")),
+    *(name for name in NEWER if name not in ("Anima", "PixelDiT")),
 )
 
 

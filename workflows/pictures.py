@@ -58,7 +58,7 @@ class Run:
 
 def discover(run: Run) -> np.ndarray:
     """Sample images over both spectra."""
-    images = contact_sheet(run.images("Save Image"), ["", ""], [""] * 8, "images of “a thing”", cell=96)
+    images = contact_sheet(run.images("Save Image"), ["", ""], [""] * 8, "images of “a person”", cell=96)
     plots = torch.cat([run.images("PCA: explained variance"), run.images("Response: variance per change")])
     spectra = contact_sheet(plots, [""], ["PCA of their gradients", "normalised by the response"], cell=640)
     return np.concatenate([images, _narrowed(spectra, images.shape[1])])
@@ -74,12 +74,12 @@ def diversify(run: Run) -> np.ndarray:
     """Before and after."""
     images = torch.cat([run.images("Student"), run.images("Student, diversified")])
     rows = ["distilled", "", "diversified", ""]
-    return contact_sheet(images, rows, [""] * 8, "sixteen images of “a thing”", cell=96)
+    return contact_sheet(images, rows, [""] * 8, "sixteen images of “a person”", cell=96)
 
 
 def complexity(run: Run) -> np.ndarray:
     """Both spectra under their estimates."""
-    words = ["sun", "thing"]
+    words = ["clone", "person"]
     titles = [f"a {word}: about {float(run.text(f'Dimension: {word}')):.1f} ways to vary" for word in words]
     plots = torch.cat([run.images(f"Plot: {word}") for word in words])
     return _narrowed(contact_sheet(plots, [""], titles, cell=640), 900)
@@ -203,8 +203,8 @@ def _steered() -> dict[str, Any]:
     sampling = {"seed": 5, "steps": 20, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
     return {
         "1": node("ElrondLoadDemoModel", name="teacher"),
-        "2": node("ElrondEncodeConcept", clip=["1", 1], prompt="a [thing]", concept="", occurrence=1, row=0),
-        "3": node("ElrondLoadDirections", name="demo thing words"),
+        "2": node("ElrondEncodeConcept", clip=["1", 1], prompt="a [person]", concept="", occurrence=1, row=0),
+        "3": node("ElrondLoadDirections", name="demo person words"),
         "4": node("ElrondApplyDirection", conditioning=["2", 0], directions=["3", 0], strengths="", **steering),
         "5": node("EmptyLatentImage", width=64, height=64, batch_size=9),
         "6": node("KSampler", model=["1", 0], positive=["4", 0], negative=["2", 0], latent_image=["5", 0], **sampling),

@@ -96,8 +96,9 @@ def ordered(content: bytes) -> bytes:
 def subjects(folder: Path) -> list[Subject]:
     """Every golden file, two shards, the checkpoint of a training, and an autoencoder."""
     found = []
+    readers = {"delta": files.load_delta, "directions": files.load_directions, "gradients": files.load_gradients}
     for path in sorted(GOLDEN.glob("*.safetensors")):
-        load = files.load_directions if path.name.startswith("directions") else files.load_gradients
+        load = readers[path.stem.split("-")[0]]
         found.append(Subject(path.stem, path.read_bytes(), path.name, load, checked="-1" not in path.stem))
     kept = Shards(folder / "made", "ab", print)
     for number in range(65):

@@ -195,7 +195,6 @@ def _train_fake(
 ) -> float:
     """Train the fake score on the student's images; the last loss."""
     loss = torch.zeros(())
-    loss = torch.zeros(())
     for _ in range(recipe.fake_steps):
         levels = draw_levels(len(made), 1.0, 0.0, generator).to(made.device)
         noise = _randn(made, generator)

@@ -361,7 +361,7 @@ class SleepingWorker:
         self._recipe = recipe
         self._slow = recipe["slow_factor"] if self._luck.random() < recipe["slow_workers"] else 1.0
         self._latest = ""
-        self.busy = 0.0
+        self._slept: list[tuple[float, float]] = []
 
     def start(self) -> dict[str, Any]:
         """As a worker does."""
@@ -370,44 +370,72 @@ class SleepingWorker:
     def close(self) -> None:
         """As a worker does."""
 
+    def busy(self, until: float) -> float:
+        """Seconds of what it had done by a time."""
+        return sum(seconds for end, seconds in self._slept if end <= until)
+
+    def _sleep(self, seconds: float) -> None:
+        """Sleep for so many simulated seconds."""
+        time.sleep(seconds / self._recipe["scale"])
+        self._slept.append((time.monotonic(), seconds / self._recipe["scale"]))
+
     def work(self, task: Task, works: dict[str, str]) -> dict[str, Any]:
         """Sleep instead of working."""
-        recipe, scale = self._recipe, self._recipe["scale"]
+        recipe = self._recipe
         if task.kind == DESCRIBE:
-            time.sleep(recipe["describe"] / scale)
+            self._sleep(recipe["describe"])
             sizes = recipe["sizes"][task.node]
             return {"name": f"{task.concept}-{task.node}", "sizes": sizes, "origin": {}}
         if task.kind != RANGE:
-            time.sleep(recipe["rest"] / scale)
+            self._sleep(recipe["rest"])
             return {"reports": [], "texts": {}, "files": [], "gradients": []}
         sizes = recipe["sizes"][task.node]
         units = sum(sizes[i] for i in task.batches())
         seconds = units * recipe["seconds"][task.node] * self._slow * self._luck.choice(recipe["spread"])
-        # The first range of a work reads the realizations.
+        # The first gradients of a concept wait for its realizations to be read.
         where = f"{task.concept}-{task.node}"
-        seconds += recipe["load"] * (where != self._latest)
+        seconds += recipe["load"] * (where != self._latest and task.node == "7")
         self._latest = where
         if self._luck.random() < recipe["straggling_ranges"]:
             seconds *= recipe["straggling_factor"]
         if self._luck.random() < recipe["failures"]:
-            time.sleep(seconds * self._luck.random() / scale)
-            raise RuntimeError("a failure by chance")
-        time.sleep(seconds / scale)
-        return {"file": "00000000-1.safetensors", "seconds": seconds / scale, "origin": {}}
+            self._sleep(seconds * self._luck.random() + recipe["restart"])
+            raise RuntimeError("its machine was taken away")
+        self._sleep(seconds)
+        return {"file": "00000000-1.safetensors", "seconds": seconds / recipe["scale"], "origin": {}}
 
 
 def simulate(scale: float, workers: int, concepts: int) -> None:
     """Workers that sleep under Ray's scheduler and this pack's driver.
 
-    Seconds are those of Z-Image on a large card, as far as known; what counts is the share that is lost. Ideal are the
-    seconds of all images and gradients on workers none of which is slow, divided among them: no failure, no waiting, no
-    reading of files, no rest of the graph.
+    A failure is a machine that is taken away in the middle of a range; another one starts in its place.
+    Seconds are those of Z-Image on a large card, as far as known; what counts is the share that is lost.
+
+    * of_perfect_machines: against the seconds of all images and gradients on workers none of which is slow, divided
+      among them: no straggler, no failure, no reading of files, no rest of the graph. No scheduler can reach 1.
+    * efficiency: the share of the workers' time that went into what had to be done with these machines: what the
+      scheduler is for. Waiting, and a range that another worker had done before, do not count. What stragglers take
+      and what is lost with a machine had to be done; `needed` is all that, in units of perfect machines' work.
     """
     import ray
 
     from cluster.driver import Run
     from cluster.progress import Progress
     from cluster.schedule import Plan, clock
+
+    class Lossy(Plan):
+        """A plan for which failures are machines that were taken away, which is no range's fault."""
+
+        twice = 0.0
+
+        def failed(self, number: int, worker: str, cause: str, counts: bool = True) -> None:
+            super().failed(number, worker, cause, counts=False)
+
+        def succeeded(self, number: int, result: dict[str, Any]) -> None:
+            task, _ = self._flying[number]
+            if task.kind == RANGE and self._state(task).made.issuperset(task.batches()):
+                self.twice += result["seconds"]
+            super().succeeded(number, result)
 
     spread = recorded_spread()
     sizes = {"3": [4] * 2500, "7": [4] * 7500}
@@ -424,10 +452,13 @@ def simulate(scale: float, workers: int, concepts: int) -> None:
         "straggling_ranges": 0.02,
         "straggling_factor": 4.0,
         "failures": 0.05,
+        "restart": 90.0,
     }
     range_seconds = 120.0
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
+        "local",
         num_cpus=workers,
         include_dashboard=False,
         object_store_memory=100 * 2**20,
@@ -437,7 +468,7 @@ def simulate(scale: float, workers: int, concepts: int) -> None:
     )
     jobs = [Job("3", SAMPLE, ()), Job("7", "ElrondCollectGradients", ("3",))]
     names = [f"concept {i}" for i in range(concepts)]
-    plan = Plan(names, jobs, lambda work: set(), lambda work: {}, range_seconds / scale)
+    plan = Lossy(names, jobs, lambda work: set(), lambda work: {}, range_seconds / scale)
     remote = ray.remote(SleepingWorker).options(num_cpus=1, max_restarts=-1)
     handles = [remote.remote(i, recipe) for i in range(workers)]
     # Processes start before the clock does.
@@ -447,6 +478,7 @@ def simulate(scale: float, workers: int, concepts: int) -> None:
         began = clock()
         run.go()
         wall = clock() - began
+        needed = sum(ray.get([handle.busy.remote(began + wall) for handle in handles])) - plan.twice
         run.close()
     ray.shutdown()
     units = {node: concepts * sum(each) for node, each in sizes.items()}
@@ -456,7 +488,10 @@ def simulate(scale: float, workers: int, concepts: int) -> None:
     record(
         "simulated_efficiency",
         {
-            "efficiency": ideal / wall,
+            "efficiency": needed / wall / workers,
+            "of_perfect_machines": ideal / wall,
+            "needed": needed / workers / ideal,
+            "twice": plan.twice / workers / ideal,
             "workers": workers,
             "concepts": concepts,
             "gradients_each": sum(sizes["7"]),

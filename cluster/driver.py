@@ -290,6 +290,8 @@ def connect(address: str, workers: int, cards: int, comfyui: str = "") -> None:
             return
         environment["env_vars"]["PYTHONPATH"] = str(ROOT)
         ray.init(
+            # Not one that happens to run here.
+            "local",
             # Workers without cards share the processor, whatever its number of cores.
             num_cpus=max(workers, os.cpu_count() or 1),
             include_dashboard=False,

@@ -57,24 +57,26 @@ class Progress:
 
         Args:
             now: seconds.
-            counts: of each unit how many are made and how many there will be.
+            counts: of each unit how many are made and how many there will be; 0 as long as that is not known.
             concepts: how many are finished, and how many there are.
             left: seconds to go, or None.
             workers: what each does, and how much of it is done.
         """
-        made, known = sum(count for _, count, _ in counts), sum(count for _, _, count in counts)
-        share = made / known if known else 0.0
-        units = ", ".join(f"{made} of {known} {unit}" for unit, made, known in counts)
+        totals = [total for _, _, total in counts]
+        # A share of what is known so far would fall as soon as more is.
+        share = sum(made for _, made, _ in counts) / sum(totals) if totals and all(totals) else 0.0
+        percent = f"{share:4.0%}" if all(totals) else "   ?"
+        units = ", ".join(f"{made} of {total or '?'} {unit}" for unit, made, total in counts)
         chain = f", {concepts[0]} of {concepts[1]} concepts" if concepts[1] > 1 else ""
         head = f"{units}{chain}; {duration(left)} left"
         if not self._terminal:
-            if known and now - self._latest[0] >= _QUIET and head != self._latest[1]:
+            if any(totals) and now - self._latest[0] >= _QUIET and head != self._latest[1]:
                 self._latest = (now, head)
-                print(f"{share:4.0%}  {head}", file=self._stream, flush=True)
+                print(f"{percent}  {head}", file=self._stream, flush=True)
             return
         self._clear()
         width = shutil.get_terminal_size().columns - 1
-        lines = [f"[{'#' * int(share * _BAR):.<{_BAR}}] {share:4.0%}  {head}"]
+        lines = [f"[{'#' * int(share * _BAR):.<{_BAR}}] {percent}  {head}"]
         for name, (doing, done) in list(workers.items())[:_SHOWN]:
             lines.append(f"  {name}: {doing}" + (f", {done:.0%}" if done else ""))
         if len(workers) > _SHOWN:

@@ -27,6 +27,8 @@ from .store import GRADIENTS, RESULTS, WORKS, Store
 ROOT = Path(__file__).resolve().parents[1]
 # Seconds for one task. A range takes minutes, the rest of a graph may train an autoencoder.
 _LIMIT = 24 * 3600.0
+# Seconds for a host to start: many machines may read one disk at once.
+_START = 900.0
 # The host's log, in its output folder.
 _LOG = "comfyui.log"
 _PREFIX, _LOCK = "elrond-worker-", ".lock"
@@ -157,7 +159,11 @@ class Worker:
                 if self._server is not None:
                     self._server.__exit__(None, None, None)
                 self._server = Server(
-                    self._folder / "output", user=self._folder / "base", shared=True, extra=self._settings.flags
+                    self._folder / "output",
+                    user=self._folder / "base",
+                    shared=True,
+                    extra=self._settings.flags,
+                    patience=_START,
                 )
                 self._server.__enter__()
             except Exception as error:

@@ -14,6 +14,14 @@ from .server import Server
 
 # Milliseconds to wait for anything on the page.
 PATIENCE = 1000 * int(os.environ.get("ELROND_BROWSER_SECONDS", "60"))
+# What the frontend says with any nodes: that it may not ask another site, its minimap when a graph is loaded and a
+# subgraph opened (version 1.32.9), and newer ones on a host that has no list of jobs (0.3.75).
+OF_THE_HOST = (
+    "https://api.comfy.org",
+    "Attempted to cleanup event listeners for graph that was never set up",
+    "[Jobs API]",
+    "JobsApiError",
+)
 NO_CHROMIUM = "There is no Chromium on this machine (Debian: apt-get install chromium)."
 
 
@@ -113,5 +121,5 @@ def _complain(page: Any, message: Any) -> None:
         return
     where = message.location.get("url", "")
     missing = message.text.startswith("Failed to load resource") and "elrond" not in where.lower()
-    if not missing and "https://api.comfy.org" not in message.text:
+    if not missing and not any(text in message.text for text in OF_THE_HOST):
         page.said.append(f"{message.text} ({where})")

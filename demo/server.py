@@ -79,6 +79,7 @@ class Server:
         port: where to listen; a free one if None.
         extra: further options for the host's command line.
         shared: read the host's own models, inputs and custom nodes instead; this pack is added where it is not there.
+        patience: seconds within which the host has to answer.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Server:
         port: int | None = None,
         extra: Sequence[str] = (),
         shared: bool = False,
+        patience: float = START_SECONDS,
     ) -> None:
         self.output = Path(output).resolve()
         self.log = self.output / "comfyui.log"
@@ -96,6 +98,7 @@ class Server:
         self._user = user
         self._extra = list(extra)
         self._shared = shared
+        self._patience = patience
         # The latest graph that the server took.
         self._latest = ""
         self._peak = 0
@@ -229,7 +232,7 @@ class Server:
         )
 
     def _wait(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + self._patience
         while True:
             if self._process is None or self._process.poll() is not None:
                 raise self._gone()
@@ -237,7 +240,7 @@ class Server:
                 self._request("/system_stats")
                 return
             if time.monotonic() > deadline:
-                raise ServerError(f"ComfyUI did not answer within {START_SECONDS} s.\n{self._tail()}")
+                raise ServerError(f"ComfyUI did not answer within {self._patience:g} s.\n{self._tail()}")
             time.sleep(0.25)
 
     def _stop(self) -> None:

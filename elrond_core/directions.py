@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .errors import ElrondError
+from .errors import ElrondError, NotFoundError
 from .provenance import Provenance
 
 
@@ -27,6 +27,11 @@ class Directions:
             would turn the mean image into them, in the embedding's units; empty where it is not known.
         densities: the share of the gradients that activate each direction, if it is a latent of a sparse autoencoder
             (its firing density, 0 to 1); empty if not.
+        intervals: the usable strengths of each direction, lowest and highest, in token norms; (0, 0) for a direction
+            that was not calibrated, and empty if none was.
+        stops: of each calibrated direction 2·N + 1 strengths in token norms, ascending and with 0 in the middle, which
+            the calibrated strengths -1 to 1 stand for at equal distances; () for a direction that was not calibrated,
+            and empty if none was.
     """
 
     vectors: torch.Tensor
@@ -38,6 +43,8 @@ class Directions:
     stars: tuple[bool, ...] = field(default=())
     natural_std: tuple[float, ...] = ()
     densities: tuple[float, ...] = ()
+    intervals: tuple[tuple[float, float], ...] = ()
+    stops: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if self.vectors.ndim != 3 or self.scores.shape != self.vectors.shape[:1]:
@@ -50,9 +57,11 @@ class Directions:
                 object.__setattr__(self, name, (default,) * len(self.vectors))
             elif len(getattr(self, name)) != len(self.vectors):
                 raise ElrondError(f"{len(self.vectors)} directions need as many {name}.")
-        for name in ("natural_std", "densities"):
+        for name in ("natural_std", "densities", "intervals", "stops"):
             if len(getattr(self, name)) not in (0, len(self.vectors)):
-                raise ElrondError(f"{len(self.vectors)} directions need as many numbers of {name}, or none.")
+                raise ElrondError(f"{len(self.vectors)} directions need as many entries of {name}, or none.")
+        if len(self.intervals) != len(self.stops):
+            raise ElrondError("Directions that are calibrated have both intervals and stops.")
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -66,11 +75,16 @@ class Directions:
         """Direction `index`, (R, d).
 
         Raises:
-            ElrondError: if there is no such direction.
+            NotFoundError: if there is no such direction.
         """
         if not 0 <= index < len(self):
-            raise ElrondError(f"There is no direction {index}: this set holds 0 to {len(self) - 1}.")
+            raise NotFoundError(f"There is no direction {index}: this set holds 0 to {len(self) - 1}.")
         return self.vectors[index]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether every direction is calibrated."""
+        return bool(self.stops) and all(self.stops)
 
     def digest(self, index: int) -> str:
         """A name for one direction that depends on its numbers only, whatever set it is in and however it is called."""

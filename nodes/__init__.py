@@ -1,6 +1,7 @@
 """The nodes: each reads its inputs, calls one thing in `elrond_core`, and wraps the result."""
 
 from . import (
+    calibrate,
     concept,
     decompose,
     demo_model,
@@ -25,6 +26,7 @@ NODES = [
     *decompose.NODES,
     *steering.NODES,
     *sweep.NODES,
+    *calibrate.NODES,
     *directions.NODES,
     *mask.NODES,
     *measure.NODES,

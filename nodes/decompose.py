@@ -9,6 +9,7 @@ import torch
 from comfy_api.latest import io
 
 from ..elrond_core import plots
+from ..elrond_core.decompose.contrasts import fit_contrasts
 from ..elrond_core.decompose.pca import fit_pca
 from ..elrond_core.decompose.response import check_probes, fit_response
 from ..elrond_core.decompose.sae_training import TrainConfig, memory, train_sae
@@ -16,8 +17,18 @@ from ..elrond_core.decompose.words import fit_words
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.gradients import Gradients
 from . import host
-from .types import WORDS_INPUT, DirectionsIO, GradientsIO, first_error, image, seed_input
-from .widget_text import words_of
+from .contrasts import (
+    BUILT_IN_INPUT,
+    GUESSED,
+    PAIRS_INPUT,
+    WHEN_EMPTY,
+    check_opposites,
+    contrasts_of,
+    displaced,
+    guessable,
+    opposites_input,
+)
+from .types import DirectionsIO, GradientsIO, first_error, image, seed_input
 
 _SIGNIFICANCE = io.Float.Input(
     "significance",
@@ -116,7 +127,7 @@ class FitResponse(io.ComfyNode):
 
 
 class FitWords(io.ComfyNode):
-    """Gradients and CLIP to directions between words."""
+    """Gradients and CLIP to directions between opposites."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -125,44 +136,67 @@ class FitWords(io.ComfyNode):
             node_id="ElrondFitWords",
             display_name="Fit Word Directions (ELROND)",
             category="ELROND",
-            description="Finds the pairs of opposite words between which the images vary most, as directions with "
-            "names: dark → bright. Needs gradients with a response.",
+            description="Finds along which opposites the images vary, and how far, as directions with names: dark → "
+            "bright. Needs gradients with a response.",
             **host.search_aliases("concept slider", "slider", "opposite words", "attributes"),
             inputs=[
                 GradientsIO.Input("gradients", tooltip="From Collect Gradients with response on."),
                 io.Clip.Input("clip", tooltip="The text encoder that the prompt was encoded with."),
-                WORDS_INPUT,
+                opposites_input("that could describe the concept"),
                 io.Float.Input(
                     "significance",
                     default=1.0,
                     min=0.0,
                     max=1e6,
                     step=0.1,
-                    tooltip="Keep pairs whose change of the image varies naturally by more than this, in units of the "
-                    "variance of one latent value.",
+                    tooltip="Keep opposites along which the images vary more than so many times as much as along "
+                    "random changes. If the pairs are guessed: more than so many times the variance of a latent value.",
                 ),
                 io.Int.Input("most", default=16, min=1, max=4096, tooltip="Keep no more directions than this."),
+                PAIRS_INPUT,
+                BUILT_IN_INPUT,
             ],
             outputs=[
                 DirectionsIO.Output(display_name="directions", tooltip="Named unit directions, the strongest first."),
-                io.String.Output(display_name="report", tooltip="The pairs, with how much the images vary along each."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="How far the images vary along each of the opposites, and which were left out, and why.",
+                ),
             ],
         )
 
     @classmethod
-    def validate_inputs(cls, words: str | None = None) -> bool | str:
+    def validate_inputs(
+        cls, words: str | None = None, pairs: str | None = GUESSED, built_in: str | None = WHEN_EMPTY
+    ) -> bool | str:
         """Refuse what can be seen to be wrong before anything is computed."""
-        return first_error((words_of, words))
+        return first_error((check_opposites, words, pairs, built_in))
 
     @classmethod
-    def execute(cls, gradients: Gradients, clip: Any, words: str, significance: float, most: int) -> io.NodeOutput:
-        """Encode the concept with each word before it, and pair the words."""
-        word_list = words_of(words)
-        # Encoding the words is slow: what would fail afterwards is refused before.
+    def execute(
+        cls,
+        gradients: Gradients,
+        clip: Any,
+        words: str,
+        significance: float,
+        most: int,
+        # Graphs that were exported before these inputs were there hold a list of single words.
+        pairs: str = GUESSED,
+        built_in: str = WHEN_EMPTY,
+    ) -> io.NodeOutput:
+        """Encode the concept with the phrases, and fit."""
+        check_opposites(words, pairs, built_in)
+        # Encoding is slow: what would fail afterwards is refused before.
         check_probes(gradients)
-        rows = host.rows_with_words(clip, gradients.provenance, word_list)
-        directions = fit_words(gradients, word_list, *rows, significance=significance, limit=most)
-        return io.NodeOutput(directions, "\n".join(directions.lines()))
+        if pairs == GUESSED:
+            listed = guessable(words)
+            rows = host.rows_with_words(clip, gradients.provenance, listed)
+            directions = fit_words(gradients, listed, *rows, significance=significance, limit=most)
+            return io.NodeOutput(directions, "\n".join(directions.lines()))
+        contrasts = contrasts_of(words, built_in)
+        steps = displaced(clip, gradients.provenance, contrasts, gradients.vectors.shape[1:])
+        directions, report = fit_contrasts(gradients, contrasts, steps, significance=significance, limit=most)
+        return io.NodeOutput(directions, "\n".join(report))
 
 
 class TrainSAE(io.ComfyNode):

@@ -8,10 +8,22 @@ from comfy_api.latest import io
 
 from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
+from ..elrond_core.gradients import Gradients
 from ..elrond_core.steering import compose, labels
 from . import host
-from .types import WORDS_INPUT, DirectionsIO, first_error
-from .widget_text import ANY_COUNT, indices_of, numbers_of, words_of
+from .contrasts import (
+    BUILT_IN_INPUT,
+    GUESSED,
+    PAIRS_INPUT,
+    WHEN_EMPTY,
+    check_opposites,
+    contrasts_of,
+    displaced,
+    guessable,
+    opposites_input,
+)
+from .types import DirectionsIO, GradientsIO, first_error
+from .widget_text import ANY_COUNT, indices_of, numbers_of
 
 _SUBSET, _SUM, _ORTHOGONAL = "subset", "weighted sum", "orthogonalise"
 
@@ -101,20 +113,19 @@ class LabelDirections(io.ComfyNode):
             node_id="ElrondLabelDirections",
             display_name="Label Directions (ELROND)",
             category="ELROND",
-            description="Suggests names: which adjective, put before the concept, moves its embedding the same way? "
-            "Needs the text encoder only.",
+            description="Suggests names: which opposites change the concept as the direction does?",
             **host.search_aliases("name sliders", "rename directions"),
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder that the directions were made with."),
                 DirectionsIO.Input("directions", tooltip="From a fit or Load Directions."),
-                WORDS_INPUT,
+                opposites_input("that could name the directions"),
                 io.Float.Input(
                     "least",
                     default=0.1,
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="A word needs at least this score (a cosine) to become part of a name.",
+                    tooltip="A name needs at least this score (a cosine), beside being better than chance.",
                 ),
                 io.Boolean.Input("replace", default=False, tooltip="Also rename directions that have a name already."),
                 io.String.Input(
@@ -122,6 +133,14 @@ class LabelDirections(io.ComfyNode):
                     default="",
                     multiline=True,
                     tooltip="Your own names, one a line, in order; they win. An empty line keeps the suggestion.",
+                ),
+                PAIRS_INPUT,
+                BUILT_IN_INPUT,
+                GradientsIO.Input(
+                    "gradients",
+                    optional=True,
+                    tooltip="The gradients that the directions are of, best with a response: steps are then compared "
+                    "by the change of the image that they cause.",
                 ),
             ],
             outputs=[
@@ -131,20 +150,39 @@ class LabelDirections(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, words: str | None = None) -> bool | str:
+    def validate_inputs(
+        cls, words: str | None = None, pairs: str | None = GUESSED, built_in: str | None = WHEN_EMPTY
+    ) -> bool | str:
         """Refuse what can be seen to be wrong before anything is computed."""
-        return first_error((words_of, words))
+        return first_error((check_opposites, words, pairs, built_in))
 
     @classmethod
     def execute(
-        cls, clip: Any, directions: Directions, words: str, least: float, replace: bool, names: str
+        cls,
+        clip: Any,
+        directions: Directions,
+        words: str,
+        least: float,
+        replace: bool,
+        names: str,
+        # Graphs that were exported before these inputs were there hold a list of single words.
+        pairs: str = GUESSED,
+        built_in: str = WHEN_EMPTY,
+        gradients: Gradients | None = None,
     ) -> io.NodeOutput:
-        """Encode the concept with each word before it, and compare."""
+        """Encode the concept with the phrases, and compare."""
+        check_opposites(words, pairs, built_in)
         new_names = names.rstrip().splitlines()
         if len(new_names) > len(directions):
             raise ElrondError(f"There are {len(new_names)} names for {len(directions)} directions.")
-        word_list = words_of(words)
-        suggestions = labels.label(directions, word_list, *host.rows_with_words(clip, directions.provenance, word_list))
+        if pairs == GUESSED:
+            listed = guessable(words)
+            suggestions = labels.label(directions, listed, *host.rows_with_words(clip, directions.provenance, listed))
+        else:
+            samples = labels.metric_samples(directions, gradients) if gradients is not None else None
+            contrasts = contrasts_of(words, built_in)
+            steps = displaced(clip, directions.provenance, contrasts, directions.vectors.shape[1:])
+            suggestions = labels.label_by_contrasts(directions, contrasts, steps, samples)
         named = compose.renamed(labels.labelled(directions, suggestions, least, replace), new_names)
         return io.NodeOutput(named, "\n".join(labels.label_lines(named, suggestions)))
 

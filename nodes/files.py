@@ -10,12 +10,12 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..elrond_core.directions import Directions
-from ..elrond_core.errors import ElrondError
+from ..elrond_core.errors import ElrondError, NotFoundError
 from ..elrond_core.gradients import Gradients
 from ..elrond_core.storage import format as files
 from ..elrond_core.storage.names import SUFFIX, safe_path
 from . import host
-from .types import RELATIVE, UNIT_INPUT, DirectionsIO, GradientsIO, first_error
+from .types import ABSOLUTE, UNIT_INPUT, DirectionsIO, GradientsIO, first_error, in_unit
 
 # Files that an error message names.
 _MAX_NAMED = 20
@@ -43,7 +43,8 @@ def find(kind: str, name: str) -> Path:
     """The file of a kind ("directions", "gradients") with a name.
 
     Raises:
-        ElrondError: if the name is no file name, or there is no such file.
+        ElrondError: if the name is no file name.
+        NotFoundError: if there is no such file.
     """
     for folder in host.file_folders():
         path = safe_path(folder / kind, name)
@@ -52,7 +53,7 @@ def find(kind: str, name: str) -> Path:
                 return path
     names = listed(kind)
     more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
-    raise ElrondError(
+    raise NotFoundError(
         f"There is no {kind} file {files.shown(name)} in models/elrond/{kind} or output/elrond/{kind}; "
         f"there are: {', '.join(names[:_MAX_NAMED]) or 'none yet'}{more}."
     )
@@ -213,8 +214,9 @@ class ExportDirection(io.ComfyNode):
     ) -> io.NodeOutput:
         """Save."""
         folder = host.output_folder() / "exports"
+        amount = in_unit(directions, {index: strength}, unit)[index]
         path = files.save_delta(
-            directions, index, strength, safe_path(folder, name), relative=unit == RELATIVE, overwrite=overwrite
+            directions, index, amount, safe_path(folder, name), relative=unit != ABSOLUTE, overwrite=overwrite
         )
         saved = path.relative_to(folder).as_posix().removesuffix(SUFFIX)
         return io.NodeOutput(saved, ui=ui.PreviewText(f"Saved direction {index} as exports/{saved}"))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from comfy_api.latest import io
 
 from ..elrond_core.errors import ElrondError
@@ -24,6 +27,7 @@ class MarkConcept(io.ComfyNode):
             category="ELROND",
             description="Marks a concept in a conditioning that another node encoded. It encodes the text again, and "
             "looks for its rows.",
+            **host.search_aliases("concept token", "mark word", "diversity", "variation"),
             inputs=[
                 io.Conditioning.Input(
                     "conditioning", tooltip="From CLIP Text Encode or another encoder, also through nodes between."
@@ -69,6 +73,7 @@ class MarkConcept(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.dynprompt, io.Hidden.unique_id],
+            enable_expand=True,
         )
 
     @classmethod
@@ -80,9 +85,21 @@ class MarkConcept(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, conditioning: Any, clip: object, concept: str, text: str, occurrence: int, row: int = 0
+        cls,
+        conditioning: Any,
+        clip: object,
+        concept: str,
+        text: str,
+        occurrence: int,
+        row: int = 0,
+        **images: torch.Tensor,
     ) -> io.NodeOutput:
-        """Mark the entries whose rows are the text's."""
+        """Mark the entries whose rows are the text's.
+
+        Rows of a prompt that was encoded together with images depend on these. If the graph shows such a node and text
+        alone does not explain all rows, this node puts one of its own kind in its place, with the images connected.
+        They have no sockets: the host hands a node every link that the graph has.
+        """
         if clip is None:
             raise ElrondError("The CLIP input is empty: connect the CLIP that encoded the conditioning.")
         _check(concept, text, occurrence)
@@ -90,38 +107,105 @@ class MarkConcept(io.ComfyNode):
         if not texts:
             remembered = [[options[host.MARK].prompt] for _, options in conditioning if host.MARK in options]
             texts = _known([*remembered, *host.texts_before(cls.hidden, "conditioning")], concept, occurrence)
-        finder = host.RowFinder(clip)
+        encoders = host.image_nodes_before(cls.hidden, "conditioning")
+        known = [node for node in encoders if images or not node.images]
+        clips = [host.ImageClip(clip, node, _images_of(node, images)) for node in known]
+        finders = [host.RowFinder(each) for each in (*clips, clip)]
         out: list[Any] = []
         lines: list[str] = []
         reasons: list[ElrondError] = []
         for number, entry in enumerate(conditioning, 1):
             try:
-                out.append(finder.mark(entry, texts, row))
+                out.append(_marked(entry, finders, texts, row))
             except ElrondError as error:
-                reasons.append(error)
+                reasons.append(_cause(error, entry, finders, texts, text))
                 out.append(entry)
-                lines.append(f"entry {number} is not marked. {error}")
+                lines.append(f"entry {number} is not marked. {reasons[-1]}")
             else:
                 mark = out[-1][1][host.MARK]
                 lines.append(f"entry {number}: {mark.prompt}")
                 lines += [
                     f"concept {c.word!r}: tokens {' '.join(c.tokens)}, rows {list(c.rows)}" for c in mark.concepts
                 ]
+        if reasons and len(known) < len(encoders):
+            return _with_images(cls.hidden, encoders)
         if len(reasons) == len(out):
             raise reasons[0] if reasons else ElrondError("The conditioning has no entries: connect a prompt.")
-        return io.NodeOutput(out, "\n".join([*lines, *finder.doubts()]))
+        return io.NodeOutput(out, "\n".join([*lines, *(doubt for finder in finders for doubt in finder.doubts())]))
+
+
+def _marked(entry: list[Any], finders: Sequence[host.RowFinder], texts: list[host.Text], row: int) -> list[Any]:
+    """An entry, marked by the first finder that finds its rows.
+
+    Raises:
+        ElrondError: if none does, with the reason of the first.
+    """
+    reasons: list[ElrondError] = []
+    for finder in finders:
+        try:
+            return finder.mark(entry, texts, row)
+        except ElrondError as error:
+            reasons.append(error)
+    raise reasons[0]
+
+
+def _cause(
+    error: ElrondError, entry: list[Any], finders: Sequence[host.RowFinder], texts: Sequence[host.Text], text: str
+) -> ElrondError:
+    """Why an entry is not marked: its text was encoded with brackets, or else an error."""
+    written = [each.strip() for each in (text, *text.splitlines()) if "[" in each]
+    candidates = dict.fromkeys([*written, *(_in_brackets(each) for each in texts if each.spans)])
+    inside = r"(?<=\[)[^\[\]]+(?=\])"
+    spans = {each: tuple(Span(*match.span()) for match in re.finditer(inside, each)) for each in candidates}
+    try:
+        prompt = _marked(entry, finders, [host.Text(each, spans[each]) for each in candidates], 0)[1][host.MARK].prompt
+    except ElrondError:
+        return error
+    return ElrondError(
+        f"The text was encoded with its brackets, as {prompt!r}: take the brackets out of the text that is encoded. "
+        "They belong in the text of Mark Concept only."
+    )
+
+
+def _in_brackets(text: host.Text) -> str:
+    """A text with brackets around its concepts."""
+    out = text.prompt
+    for span in sorted(text.spans, reverse=True):
+        out = f"{out[: span.start]}[{span.of(out)}]{out[span.stop :]}"
+    return out
+
+
+def _with_images(hidden: Any, encoders: Sequence[host.ImageNode]) -> io.NodeOutput:
+    """This node once more, with the images of other nodes connected."""
+    links = {_socket(node, name): link for node in encoders for name, link in node.images.items()}
+    again, graph = host.with_links(hidden, links)
+    return io.NodeOutput(again.out(0), again.out(1), expand=graph)
+
+
+def _images_of(node: host.ImageNode, images: dict[str, torch.Tensor]) -> dict[str, Any]:
+    return {name: images.get(_socket(node, name)) for name in node.images}
+
+
+def _socket(node: host.ImageNode, name: str) -> str:
+    """What an image is called that a node's input has."""
+    return f"{node.id}: {name}"
 
 
 def _check(concept: str, text: str, occurrence: int) -> None:
     """Refuse a concept that is not named, or not in the text.
 
     Raises:
-        ElrondError: if it is so.
+        ElrondError: if it is so, or a value has another type.
     """
+    for name, value in (("concept", concept), ("text", text)):
+        if not isinstance(value, str):
+            raise ElrondError(f"The {name} must be a text, not {value!r}.")
+    if not isinstance(occurrence, int) or occurrence < 1:
+        raise ElrondError(f"The occurrence must be a whole number from 1 on, not {occurrence!r}.")
     if text.strip():
         _listed(text, concept, occurrence)
     elif not _words(concept):
-        raise ElrondError("Name the concept: in the concept field, or in [brackets] in the text that was encoded.")
+        raise ElrondError("Name the concept: in the concept field, or in [brackets] in the text of this node.")
 
 
 def _words(concept: str) -> list[str]:

@@ -3,6 +3,7 @@
     GET  /elrond/files                                    {"names": [...]}, newest first
     GET  /elrond/directions?name=NAME                     see `describe`
     POST /elrond/directions {name, index, label?, star?}  the same, after the change is written to the file
+    GET  /elrond/length?name=NAME&strengths=STRENGTHS     {"length": of the whole step, see `length`}
     GET  /elrond/thumbnail?digest=DIGEST                  a PNG that Direction Sweep wrote
 
 Errors are {"error": one sentence} with status 400 or 404.
@@ -22,15 +23,18 @@ from typing import Any
 from aiohttp import web
 
 from ..elrond_core.directions import Directions
-from ..elrond_core.errors import ElrondError
+from ..elrond_core.errors import ElrondError, NotFoundError
 from ..elrond_core.storage import format as files
 from ..elrond_core.storage.names import safe_path
 from . import files as shelf
 from . import host
+from .widget_text import strengths_of
 
 KIND = "directions"
 # Characters of a direction's name.
 LONGEST = 100
+# Zero-width joiner and non-joiner behind a character: emoji, Persian and Indic scripts need them.
+_JOINED = re.compile("(?<=[^\\s\u200c\u200d])[\u200c\u200d]")
 # Bytes of a request: a file's name, a direction's name and two numbers, with JSON's escapes.
 _MAX_BODY = 2**16
 # Above every index. Python refuses to print an integer of thousands of digits, as an error message would.
@@ -38,14 +42,16 @@ _MAX_INDEX = 2**31
 
 
 def thumbnail(digest: str) -> Path:
-    """Path of a direction's thumbnail, which may not exist.
+    """Path of a direction's thumbnail, which may not exist: the user's own, or one that ships with the pack.
 
     Raises:
         ElrondError: if the text is no digest: nothing else becomes part of a path.
     """
     if not re.fullmatch(r"[0-9a-f]{24}", digest):
         raise ElrondError("A thumbnail is named by 24 hexadecimal digits.")
-    return host.output_folder() / "thumbnails" / f"{digest}.png"
+    own, shipped = (folder / "thumbnails" / f"{digest}.png" for folder in host.file_folders()[-2:])
+    # Unlike `is_file`, this raises in no folder.
+    return shipped if os.access(shipped, os.R_OK) and not os.access(own, os.R_OK) else own
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -70,12 +76,15 @@ def describe(name: str) -> dict[str, Any]:
                 "star": directions.stars[i],
                 "score": score,
                 "thumbnail": stamp and f"/elrond/thumbnail?digest={stamp}",
+                "interval": directions.intervals[i] if directions.intervals else (0.0, 0.0),
+                "stops": directions.stops[i] if directions.stops else (),
             }
         )
     return {
         "name": name,
         "concept": directions.provenance.concept,
         "score_name": directions.score_name,
+        "natural": bool(directions.natural_std),
         "directions": entries,
     }
 
@@ -89,8 +98,11 @@ def change(name: str, index: int, label: str | None, star: bool | None) -> None:
         ElrondError: if there is no such file or direction, or the label is too long.
     """
     path = shelf.find(KIND, name)
-    if label is not None and (len(label) > LONGEST or not label.isprintable()):
-        raise ElrondError(f"A direction's name has at most {LONGEST} characters, all of them printable.")
+    if label is not None and (len(label) > LONGEST or not _JOINED.sub("", label).isprintable()):
+        raise ElrondError(
+            f"A direction's name has at most {LONGEST} characters, all of them printable; joiners may stand behind "
+            "others, as in emoji."
+        )
 
     def renamed(directions: Directions) -> Directions:
         directions.pick(index)
@@ -104,11 +116,26 @@ def change(name: str, index: int, label: str | None, star: bool | None) -> None:
     files.update_directions(target, renamed, source=path)
 
 
+def length(name: str, strengths: str) -> float:
+    """The length of a step along several directions of a file: the norm of their sum, whether orthogonal or not.
+
+    Args:
+        name: the file.
+        strengths: as *Apply Direction* takes them; the length is in their unit.
+
+    Raises:
+        ElrondError: if there is no such file or direction, or the strengths cannot be read.
+    """
+    directions = files.load_directions(shelf.find(KIND, name))
+    steps = [strength * directions.pick(index) for index, strength in strengths_of(strengths).items()]
+    return float(sum(steps).norm()) if steps else 0.0
+
+
 async def _answer(work: Callable[..., Any], *arguments: Any) -> web.Response:
     try:
         return web.json_response(await asyncio.to_thread(work, *arguments))
     except ElrondError as error:
-        return web.json_response({"error": str(error)}, status=404 if "There is no" in str(error) else 400)
+        return web.json_response({"error": str(error)}, status=404 if isinstance(error, NotFoundError) else 400)
     except OSError as error:
         return web.json_response({"error": f"The disk does not answer: {error.strerror or error}."}, status=400)
 
@@ -121,6 +148,12 @@ async def get_files(request: web.Request) -> web.Response:
 async def get_directions(request: web.Request) -> web.Response:
     """One directions file."""
     return await _answer(describe, request.query.get("name", ""))
+
+
+async def get_length(request: web.Request) -> web.Response:
+    """The length of a step."""
+    name, strengths = request.query.get("name", ""), request.query.get("strengths", "")
+    return await _answer(lambda: {"length": length(name, strengths)})
 
 
 async def post_directions(request: web.Request) -> web.Response:
@@ -170,4 +203,5 @@ def register() -> None:
     table.get("/elrond/files")(get_files)
     table.get("/elrond/directions")(get_directions)
     table.post("/elrond/directions")(post_directions)
+    table.get("/elrond/length")(get_length)
     table.get("/elrond/thumbnail")(get_thumbnail)

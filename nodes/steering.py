@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from comfy_api.latest import io
 from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.prompt import Concept
+from ..elrond_core.steering.apply import acting_together
 from ..elrond_core.steering.draws import (
     DENSITY,
     EQUAL,
@@ -17,6 +19,7 @@ from ..elrond_core.steering.draws import (
     NATURAL,
     RANDOM,
     SCORE,
+    SPREAD,
     Draw,
     change_of,
     check_share,
@@ -25,18 +28,36 @@ from ..elrond_core.steering.draws import (
     parts_of,
 )
 from . import host
-from .types import ABSOLUTE, CONCEPT_INPUT, RELATIVE, UNIT_INPUT, DirectionsIO, first_error, seed_input
-from .widget_text import strengths_of
+from .types import (
+    ABSOLUTE,
+    AUTO,
+    CONCEPT_INPUT,
+    RELATIVE,
+    UNIT_INPUT,
+    DirectionsIO,
+    first_error,
+    in_unit,
+    seed_input,
+)
+from .widget_text import STRENGTH_LIMIT, strengths_of, windows_of
 
+# Characters of strengths that are sent to the browser: mixes of thousands of directions are long.
+_MOST_SENT = 2**20
+# Without natural steps, `highest` is multiplied by this and taken in token norms.
+_FURTHER = 2.0
 # The choices of Diversify's `weights`, as saved graphs name them.
 _WEIGHTS = {"equal": EQUAL, "by score": SCORE, "by firing density": DENSITY}
 
 _START = io.Float.Input(
     "start", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Share of the sampling at which steering starts."
 )
-_END = io.Float.Input(
-    "end", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Share of the sampling at which steering ends."
-)
+
+
+def _end(default: float) -> Any:
+    tooltip = "Share of the sampling at which steering ends."
+    return io.Float.Input("end", default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
+
+
 _MASK = io.Mask.Input(
     "mask",
     optional=True,
@@ -92,7 +113,7 @@ class ApplyDirection(io.ComfyNode):
                 ),
                 UNIT_INPUT,
                 _START,
-                _END,
+                _end(1.0),
                 CONCEPT_INPUT,
                 io.String.Input(
                     "strengths",
@@ -128,14 +149,20 @@ class ApplyDirection(io.ComfyNode):
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         """Steer the marked entries."""
-        amounts = strengths_of(strengths) or {index: strength}
-        vector = torch.stack([amount * directions.pick(i) for i, amount in amounts.items()]).sum(0)
+        amounts = in_unit(directions, strengths_of(strengths) or {index: strength}, unit)
+        own = windows_of(strengths)
+        windows = [own.get(i, (start, end)) for i in amounts]
+        for window in windows:
+            check_share(*window)
+        steps = torch.stack([amount * directions.pick(i) for i, amount in amounts.items()])
+        parts = [(first, last, steps[list(acting)].sum(0)) for first, last, acting in acting_together(windows)]
 
-        def change(prompt: host.MarkedPrompt) -> tuple[tuple[int, ...], torch.Tensor]:
+        def changes(prompt: host.MarkedPrompt) -> tuple[tuple[int, ...], list[tuple[float, float, torch.Tensor]]]:
             target, norm = concept_and_norm(prompt, directions, concept)
-            return target.rows, (norm if unit == RELATIVE else 1.0) * vector
+            scale = 1.0 if unit == ABSOLUTE else norm
+            return target.rows, [(first, last, scale * vector) for first, last, vector in parts]
 
-        return io.NodeOutput(host.steer_conditioning(conditioning, change, start, end, mask))
+        return io.NodeOutput(host.steer_over_time(conditioning, changes, mask))
 
 
 class Diversify(io.ComfyNode):
@@ -159,9 +186,9 @@ class Diversify(io.ComfyNode):
                 ),
                 seed_input("Fixes what every image gets; image i depends on the seed and i only."),
                 io.Float.Input(
-                    "lowest", default=0.2, min=0.0, max=1000.0, step=0.05, tooltip="Strengths are uniform from here …"
+                    "lowest", default=0.3, min=0.0, max=1000.0, step=0.05, tooltip="Strengths are uniform from here …"
                 ),
-                io.Float.Input("highest", default=0.8, min=0.0, max=1000.0, step=0.05, tooltip="… to here."),
+                io.Float.Input("highest", default=0.3, min=0.0, max=1000.0, step=0.05, tooltip="… to here."),
                 UNIT_INPUT,
                 io.Int.Input(
                     "mix",
@@ -175,17 +202,18 @@ class Diversify(io.ComfyNode):
                 ),
                 io.Boolean.Input("both_signs", default=True, tooltip="Go either way along a direction."),
                 _START,
-                _END,
+                _end(0.3),
                 CONCEPT_INPUT,
                 io.Combo.Input(
                     "how",
                     options=list(METHODS),
-                    default=RANDOM,
+                    default=NATURAL,
                     optional=True,
                     tooltip="random: each image draws on its own, as in the paper. spread: mixes of all leading "
                     "directions that lie evenly apart, so that a small batch covers more. natural: such mixes in the "
                     "proportions in which the model's own images vary; strengths are multiples of that (unit is not "
-                    "used). Needs directions of Fit Response or Fit Word Directions.",
+                    "used). Directions that do not know it, such as those of Fit PCA, are spread over one to two times "
+                    "the strengths.",
                 ),
                 io.Combo.Input(
                     "weights",
@@ -196,6 +224,16 @@ class Diversify(io.ComfyNode):
                     "larger part in a mix. by firing density: those of Train SAE that occur in more gradients.",
                 ),
                 _MASK,
+                io.Float.Input(
+                    "total",
+                    default=0.0,
+                    min=0.0,
+                    max=STRENGTH_LIMIT,
+                    step=0.05,
+                    optional=True,
+                    tooltip="The length of every image's whole step in unit, however many directions are in it: the "
+                    "norm of their sum. It takes the place of lowest and highest; 0 leaves them.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="conditioning", tooltip="One entry an image."),
@@ -233,10 +271,19 @@ class Diversify(io.ComfyNode):
         how: str = RANDOM,
         weights: str = "equal",
         mask: torch.Tensor | None = None,
+        total: float = 0.0,
     ) -> io.NodeOutput:
         """Draw and steer."""
-        if how == NATURAL:
+        note = ""
+        if how == NATURAL and not directions.natural_std:
+            # A graph saved with natural steps may hold any unit, since it was not used.
+            how, highest, unit = SPREAD, _FURTHER * highest, unit if total else AUTO
+            note = _unknown(lowest, highest, total)
+        if how == NATURAL and not total:
             unit = ABSOLUTE
+        elif how == NATURAL and unit == AUTO:
+            # Calibrated strengths would undo the proportions.
+            unit = RELATIVE
         draws = draw_steps(
             directions,
             count,
@@ -248,23 +295,67 @@ class Diversify(io.ComfyNode):
             both_signs,
             how,
             _WEIGHTS[weights],
+            total,
         )
-        changes = torch.stack([change_of(directions, draw) for draw in draws])
+        changes = torch.stack([_change(directions, draw, unit) for draw in draws])
 
         def change(prompt: host.MarkedPrompt) -> tuple[tuple[int, ...], torch.Tensor]:
             target, norm = concept_and_norm(prompt, directions, concept)
-            return target.rows, (norm if unit == RELATIVE else 1.0) * changes
+            return target.rows, (1.0 if unit == ABSOLUTE else norm) * changes
 
-        lines = [f"image {i}: {_description(directions, draw, unit)}" for i, draw in enumerate(draws)]
-        return io.NodeOutput(host.steer_conditioning(conditioning, change, start, end, mask), "\n".join(lines))
+        texts = [_strengths(directions, draw) for draw in draws]
+        names = [_leading_names(directions, draw) for draw in draws]
+        report = "\n".join(
+            f"image {i}: strengths {text} in {unit}{f' ({name})' if name else ''}"
+            for i, (text, name) in enumerate(zip(texts, names, strict=True))
+        )
+        report += note
+        steered = host.steer_conditioning(conditioning, change, start, end, mask)
+        # For the panel. The host does not count texts under such names as outputs.
+        fitting = sum(size <= _MOST_SENT for size in itertools.accumulate(map(len, texts)))
+        summaries = [_summary(directions, draw) for draw in draws[:fitting]]
+        shown = {"elrond_strengths": texts[:fitting], "elrond_summaries": summaries, "elrond_unit": [unit]}
+        return io.NodeOutput(steered, report, ui=shown)
 
 
-def _description(directions: Directions, draw: Draw, unit: str) -> str:
-    """A draw as text for Apply Direction, its largest strengths first, and the names of the three largest."""
-    parts = sorted(parts_of(directions, draw).items(), key=lambda part: -abs(part[1]))
-    strengths = ", ".join(f"{k}: {part:.5g}" for k, part in parts)
-    named = ", ".join(f"{k} is {name}" for k, _ in parts[:3] if (name := directions.names[k]))
-    return f"strengths {strengths} in {unit}" + (f" ({named})" if named else "")
+def _unknown(lowest: float, highest: float, total: float) -> str:
+    """The last line of a report on directions along which the model's variety is not known."""
+    far = f"{total:g} long" if total else f"{lowest:g} to {highest:g} long"
+    return (
+        "\nHow far the model varies along these directions is not known, so the steps lie evenly apart and are "
+        f"{far}. Fit Response Directions and Fit Word Directions know it."
+    )
+
+
+def _by_size(directions: Directions, draw: Draw) -> list[tuple[int, float]]:
+    return sorted(parts_of(directions, draw).items(), key=lambda part: -abs(part[1]))
+
+
+def _strengths(directions: Directions, draw: Draw) -> str:
+    """A draw as text for Apply Direction, its largest strengths first."""
+    return ", ".join(f"{k}: {part:.5g}" for k, part in _by_size(directions, draw))
+
+
+def _leading_names(directions: Directions, draw: Draw) -> str:
+    """The names of the three directions that are largest in a draw."""
+    return ", ".join(f"{k} is {name}" for k, _ in _by_size(directions, draw)[:3] if (name := directions.names[k]))
+
+
+def _summary(directions: Directions, draw: Draw) -> str:
+    """The three largest strengths of a draw, each with the name of its direction."""
+    return ", ".join(
+        f"{directions.names[k] or f'direction {k}'} {part:.2g}" for k, part in _by_size(directions, draw)[:3]
+    )
+
+
+def _change(directions: Directions, draw: Draw, unit: str) -> torch.Tensor:
+    """The change (R, d) by a draw, in embedding units if `unit` is `ABSOLUTE`, else in token norms."""
+    if unit in (RELATIVE, ABSOLUTE) or (unit == AUTO and not directions.stops):
+        return change_of(directions, draw)
+    steps = in_unit(directions, parts_of(directions, draw), unit)
+    return torch.einsum(
+        "k,krd->rd", directions.vectors.new_tensor(list(steps.values())), directions.vectors[list(steps)]
+    )
 
 
 NODES = [ApplyDirection, Diversify]

@@ -13,7 +13,17 @@ from ..elrond_core.errors import ElrondError
 from ..elrond_core.sheets import contact_sheet, save_strip
 from . import host
 from .steering import concept_and_norm
-from .types import CONCEPT_INPUT, RELATIVE, UNIT_INPUT, DirectionsIO, check_guidance, first_error, image, seed_input
+from .types import (
+    ABSOLUTE,
+    CONCEPT_INPUT,
+    UNIT_INPUT,
+    DirectionsIO,
+    check_guidance,
+    first_error,
+    image,
+    in_unit,
+    seed_input,
+)
 from .widget_text import ANY_COUNT, indices_of
 
 # Directions that are shown unless the user lists some.
@@ -175,7 +185,7 @@ class DirectionSweep(io.ComfyNode):
             pictures,
             rows,
             [f"{s:+.2f}" for s in strengths.tolist()],
-            f"{word!r}: strength in {unit}, seed {seed}",
+            f"{word!r}: strength ({unit}), seed {seed}",
             cell,
         )
         return io.NodeOutput(image(sheet), pictures)
@@ -198,11 +208,12 @@ def _steered(
     positive: Any, directions: Directions, index: int, strengths: torch.Tensor, unit: str, concept: str
 ) -> Any:
     """The prompt, steered along one direction by one strength an image."""
+    steps = torch.tensor([in_unit(directions, {index: strength}, unit)[index] for strength in strengths.tolist()])
 
     def change(prompt: host.MarkedPrompt) -> tuple[tuple[int, ...], torch.Tensor]:
         target, norm = concept_and_norm(prompt, directions, concept)
-        scale = norm if unit == RELATIVE else 1.0
-        return target.rows, scale * strengths[:, None, None] * directions.pick(index)
+        scale = 1.0 if unit == ABSOLUTE else norm
+        return target.rows, scale * steps[:, None, None] * directions.pick(index)
 
     return host.steer_conditioning(positive, change, 0.0, 1.0)
 

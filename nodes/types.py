@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from comfy_api.latest import io
 
+from ..elrond_core.directions import Directions
 from ..elrond_core.errors import ElrondError
-from .widget_text import WORDS
+from ..elrond_core.steering.calibration import in_token_norms
 
 GradientsIO = io.Custom("ELROND_GRADIENTS")
 DirectionsIO = io.Custom("ELROND_DIRECTIONS")
 
 SEED_LIMIT = 0xFFFFFFFFFFFFFFFF
-RELATIVE, ABSOLUTE = "token norms", "absolute"
+RELATIVE, ABSOLUTE, CALIBRATED, AUTO = UNITS = ("token norms", "absolute", "calibrated", "auto")
 UNIT_INPUT = io.Combo.Input(
     "unit",
-    options=[RELATIVE, ABSOLUTE],
-    default=RELATIVE,
-    tooltip="What a strength of 1 is: the length of the concept's own embedding (about the same for every model), "
-    "or one embedding unit (the paper's strengths, 30 to 60 on SDXL).",
+    options=list(UNITS),
+    default=AUTO,
+    tooltip="What a strength of 1 is. token norms: the length of the concept's own embedding. absolute: one unit of "
+    "the embedding, as in the paper (30 to 60 on SDXL). calibrated: the end of what Calibrate Directions found usable. "
+    "auto: calibrated where a direction is, else token norms.",
 )
 CONCEPT_INPUT = io.String.Input(
     "concept",
@@ -29,13 +32,17 @@ CONCEPT_INPUT = io.String.Input(
     tooltip="Which concept of the prompt to steer; dog #2 is the second marked dog. Empty: the one the directions were "
     "made for, or the first.",
 )
-WORDS_INPUT = io.String.Input(
-    "words",
-    default=WORDS,
-    multiline=True,
-    tooltip="Words or phrases to try, separated by commas. Give many, of all kinds: what they have in "
-    "common is left out.",
-)
+
+
+def in_unit(directions: Directions, strengths: dict[int, float], unit: str) -> dict[int, float]:
+    """Strengths by direction, in embedding units if `unit` is `ABSOLUTE`, else in token norms.
+
+    Raises:
+        ElrondError: if a direction does not exist, or `unit` is `CALIBRATED` and one is not.
+    """
+    if unit in (RELATIVE, ABSOLUTE):
+        return strengths
+    return in_token_norms(directions, strengths, known_only=unit == AUTO)
 
 
 def first_error(*checks: tuple[Any, ...]) -> bool | str:
@@ -43,14 +50,19 @@ def first_error(*checks: tuple[Any, ...]) -> bool | str:
 
     Args:
         checks: each a function that raises ElrondError, followed by its arguments. A check with an argument that is
-            None is skipped: the value of a wired input is not known yet.
+            None is skipped: the value of a wired input is not known yet. Values of another type, as programs may send
+            them, are named instead of the error that they cause.
     """
-    try:
-        for check, *values in checks:
-            if not any(value is None for value in values):
-                check(*values)
-    except ElrondError as error:
-        return str(error)
+    for check, *values in checks:
+        if any(value is None for value in values):
+            continue
+        try:
+            check(*values)
+        except ElrondError as error:
+            return str(error)
+        except (TypeError, AttributeError):
+            sent = ", ".join(repr(value)[:80] for value in values if not isinstance(value, Path))
+            return f"A value here has another type than its input: {sent}."
     return True
 
 

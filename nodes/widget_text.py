@@ -7,6 +7,8 @@ import re
 from collections import Counter
 
 from ..elrond_core.errors import ElrondError
+from ..elrond_core.steering.draws import check_share
+from ..elrond_core.storage.values import STRENGTH_LIMIT
 
 # Default list of words for names of directions.
 WORDS = (
@@ -19,8 +21,11 @@ WORDS = (
 )
 # Above every index: indices have at most six digits.
 ANY_COUNT = 10**6
-# The largest strength, as the nodes' own fields have it. Far larger ones overflow half precision.
-STRENGTH_LIMIT = 1000.0
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)"
+# A direction, its strength, and the part of the sampling in which it acts if it has one of its own.
+_STRENGTH = re.compile(
+    rf"\s*(\d{{1,6}})\s*[:=]\s*([-+]?{_NUMBER}(?:[eE][-+]?\d+)?)\s*(?:@\s*({_NUMBER})\s*-\s*({_NUMBER})\s*)?"
+)
 
 
 def indices_of(text: str, count: int) -> list[int]:
@@ -71,19 +76,39 @@ def strengths_of(text: str) -> dict[int, float]:
     """Strengths by direction, in a list such as "0: 0.5, 3: -0.2".
 
     Raises:
-        ElrondError: if the text cannot be read, a direction is repeated, or a strength is beyond `STRENGTH_LIMIT`.
+        ElrondError: if the text cannot be read, a direction is repeated, a strength is beyond `STRENGTH_LIMIT`, or a
+            part of the sampling is impossible.
     """
-    strengths: dict[int, float] = {}
+    return {index: strength for index, (strength, _) in _steps_of(text).items()}
+
+
+def windows_of(text: str) -> dict[int, tuple[float, float]]:
+    """Start and end by direction, as shares of the sampling, in a list such as "0: 0.5 @ 0-0.4, 3: -0.2".
+
+    Directions without a part of their own are left out.
+
+    Raises:
+        ElrondError: as `strengths_of`.
+    """
+    return {index: window for index, (_, window) in _steps_of(text).items() if window}
+
+
+def _steps_of(text: str) -> dict[int, tuple[float, tuple[float, float] | None]]:
+    steps: dict[int, tuple[float, tuple[float, float] | None]] = {}
     for part in filter(str.strip, re.split(r"[,;\n]", text)):
-        match = re.fullmatch(r"\s*(\d{1,6})\s*[:=]\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*", part)
+        match = _STRENGTH.fullmatch(part)
         if not match:
             raise ElrondError(f"{part.strip()!r} is not a direction and its strength; list them as in 0: 0.5, 3: -0.2.")
-        if int(match[1]) in strengths:
-            raise ElrondError(f"Direction {int(match[1])} is listed twice.")
-        strengths[int(match[1])] = float(match[2])
-        if abs(float(match[2])) > STRENGTH_LIMIT:
+        index, strength = int(match[1]), float(match[2])
+        if index in steps:
+            raise ElrondError(f"Direction {index} is listed twice.")
+        if abs(strength) > STRENGTH_LIMIT:
             raise ElrondError(f"A strength lies between -1000 and 1000, not at {match[2][:20]}.")
-    return strengths
+        window = (float(match[3]), float(match[4])) if match[3] else None
+        if window:
+            check_share(*window)
+        steps[index] = strength, window
+    return steps
 
 
 def words_of(text: str) -> list[str]:

@@ -59,9 +59,10 @@ def main() -> None:
 
     folder = GRAPHS / __version__
     (folder / "api").mkdir(parents=True, exist_ok=True)
-    for path in sorted((ROOT / "workflows").glob("**/*.json")):
-        graph = json.loads(path.read_text(encoding="utf-8"))
-        (folder / path.relative_to(ROOT / "workflows")).write_text(compact(graph), encoding="utf-8")
+    for source, target in ((ROOT / "example_workflows", folder), (ROOT / "workflows" / "api", folder / "api")):
+        for path in sorted(source.glob("*.json")):
+            graph = json.loads(path.read_text(encoding="utf-8"))
+            (target / path.name).write_text(compact(graph), encoding="utf-8")
     schemas = {node.GET_SCHEMA().node_id: schema_of(node) for node in host.pack().NODES}
     lines = ",\n".join(f"{json.dumps(name)}:{compact(schema).strip()}" for name, schema in sorted(schemas.items()))
     (folder / "schemas.json").write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")

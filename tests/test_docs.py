@@ -17,7 +17,7 @@ TEXTS = sorted(
         *ROOT.glob("*.md"),
         *ROOT.glob("docs/*.md"),
         ROOT / "demo" / "README.md",
-        ROOT / "workflows" / "README.md",
+        ROOT / "example_workflows" / "README.md",
     )
 )
 # A name in backticks that starts so is a path in the repository.
@@ -29,6 +29,8 @@ FOLDERS = (
     "docs/",
     "demo/",
     "workflows/",
+    "example_workflows/",
+    "subgraphs/",
     "bench/",
     "tests/",
     "dev.py",

@@ -53,6 +53,12 @@ export function widgetOf(node, name) {
   return node?.widgets?.find((widget) => widget.name === name);
 }
 
+/** The widget whose value counts for an input; null if a node feeds it, or if each use of a subgraph has its own. */
+export function onlyWidget(node, name) {
+  const widgets = new Set(pathsTo(node.graph).map((path) => effectiveWidget(node, name, path)));
+  return widgets.size === 1 ? [...widgets][0] : null;
+}
+
 /** The widget whose value counts: the node's own, or the one on the face of a subgraph; null if a node feeds it. */
 export function effectiveWidget(node, name, path) {
   const input = node.inputs?.find((each) => each.name === name);

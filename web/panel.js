@@ -5,90 +5,22 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { allNodes, effectiveWidget, feeding, pathsTo } from "./graph.js";
+import { BAR_HEIGHT, LINE_HEIGHT, LOOK_EVERY, ask, box, chain, changed, fit, make, place } from "./parts.js";
+import { makeWhen } from "./presets.js";
+import { format, parse, round } from "./values.js";
 
 const LOAD = "ElrondLoadDirections";
 const APPLY = "ElrondApplyDirection";
 const CLOSED_HEIGHT = 34;
 const LEAST_WIDTH = 360;
-const LINE_HEIGHT = 24;
 const MOST_ROWS = 6;
-// Milliseconds between looks at the widgets: a widget on the face of a subgraph calls no node's callback.
-const LOOK_EVERY = 250;
-
-const STYLE = `
-.elrond-panel { display: flex; flex-direction: column; gap: 4px; height: 100%; overflow: hidden; box-sizing: border-box;
-  color: var(--input-text, #ddd); font: 12px/1.3 system-ui, sans-serif; }
-.elrond-panel button, .elrond-panel input { font: inherit; color: inherit; }
-.elrond-panel button, .elrond-panel input[type="text"], .elrond-panel input[type="number"] {
-  background: var(--comfy-input-bg, #222); border: 1px solid var(--border-color, #4e4e4e); border-radius: 4px;
-  padding: 2px 6px; min-width: 0; }
-.elrond-panel button { cursor: pointer; white-space: nowrap; }
-.elrond-panel :focus-visible { outline: 2px solid var(--p-primary-color, #3b82f6); outline-offset: -1px; }
-.elrond-panel .elrond-head { text-align: left; flex: none; overflow: hidden; text-overflow: ellipsis; }
-.elrond-panel .elrond-bar { display: flex; gap: 4px; align-items: center; flex: none; }
-.elrond-panel input[type="number"] { width: 58px; box-sizing: border-box; }
-.elrond-panel .elrond-bar label { display: flex; gap: 4px; align-items: center; margin-left: auto; }
-.elrond-panel ::placeholder { color: inherit; opacity: 0.8; }
-.elrond-panel ul { list-style: none; margin: 0; padding: 0; overflow: auto; flex: 1; min-height: 0;
-  overscroll-behavior: contain; }
-.elrond-panel li { display: flex; gap: 6px; align-items: center; padding: 2px 0; }
-.elrond-panel li + li { border-top: 1px solid var(--border-color, #4e4e4e); }
-.elrond-panel .elrond-lines { flex: 1; min-width: 0; }
-.elrond-panel .elrond-line { display: flex; gap: 5px; align-items: center; height: ${LINE_HEIGHT}px; }
-.elrond-panel li input[type="text"] { flex: 1 1 70px; }
-.elrond-panel li input[type="range"] { flex: 1 1 50px; min-width: 40px; accent-color: var(--p-primary-color, #3b82f6); }
-.elrond-panel .elrond-index { width: 20px; text-align: right; }
-.elrond-panel .elrond-index, .elrond-panel .elrond-score { font-variant-numeric: tabular-nums; }
-.elrond-panel .elrond-star, .elrond-panel .elrond-more { border: none; background: none; padding: 0 3px; }
-.elrond-panel .elrond-star { font-size: 15px; }
-.elrond-panel img { border-radius: 3px; }
-.elrond-panel [role="status"] { flex: none; }
-.elrond-panel [hidden] { display: none; }
-`;
-
-/** An element with properties, attributes (names with a dash) and children. */
-function make(tag, settings = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [key, value] of Object.entries(settings)) {
-    if (key.includes("-") || key === "role") element.setAttribute(key, value);
-    else element[key] = value;
-  }
-  element.append(...children);
-  return element;
-}
 
 /** The panels of all nodes that are in the workflow. */
 function panels() {
   return allNodes().flatMap((node) => node.elrondPanel ?? []);
 }
 
-async function ask(path, change) {
-  const options = change && {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify(change),
-  };
-  const reply = await api.fetchApi(path, options);
-  // A proxy, or a server that is starting, answers with a page.
-  const answer = await reply.json().catch(() => ({ error: `ComfyUI's server answered ${reply.status}: look at its log.` }));
-  if (answer.error) throw new Error(answer.error);
-  return answer;
-}
-
-/** "0: 0.5, 3: -0.2" as a Map; what cannot be read is left out, since the server says so anyway. */
-export function parse(text) {
-  const found = new Map();
-  for (const part of String(text ?? "").split(/[,;\n]/)) {
-    const [index, value] = part.split(/[:=]/).map((piece) => Number(piece.trim() || NaN));
-    if (Number.isInteger(index) && index >= 0 && Number.isFinite(value)) found.set(index, value);
-  }
-  return found;
-}
-
-/** The inverse of `parse`. */
-export function format(strengths) {
-  return [...strengths].sort((a, b) => a[0] - b[0]).map(([index, value]) => `${index}: ${value}`).join(", ");
-}
+let lists = 0;
 
 class Panel {
   constructor(node) {
@@ -97,14 +29,12 @@ class Panel {
     this.file = null; // what /elrond/directions said
     this.problem = ""; // why there is no file
     this.asked = 0;
+    // A new node shows what there is; one of a saved graph stays as it was saved.
+    this.kept.open = true;
     this.build();
-    const height = () => this.height();
-    this.widget = node.addDOMWidget("elrond_panel", "elrond_panel", this.root, {
-      serialize: false,
-      getMinHeight: height,
-      getMaxHeight: height,
-    });
-    this.widget.serialize = false;
+    this.widget = place(node, "elrond_panel", this.root, () => this.height());
+    // Its title in App mode.
+    this.widget.label = "Directions";
     this.listen();
   }
 
@@ -128,6 +58,11 @@ class Panel {
     return this.effective("unit")[0]?.value;
   }
 
+  /** Start and end of the steering where a direction has none of its own. */
+  get usualWindow() {
+    return ["start", "end"].map((name, place) => this.effective(name)[0]?.value ?? place);
+  }
+
   /** The widgets that name the file: of this node, or of the one that the directions come from; one a use. */
   get names() {
     const found = new Set();
@@ -141,7 +76,7 @@ class Panel {
   height() {
     if (!this.kept.open) return CLOSED_HEIGHT;
     const rows = Math.max(1, Math.min(this.file ? this.file.directions.length : 0, MOST_ROWS));
-    return CLOSED_HEIGHT + 52 + rows * this.rowHeight;
+    return CLOSED_HEIGHT + 44 + (this.steers ? 3 : 1) * BAR_HEIGHT + rows * this.rowHeight;
   }
 
   get rowHeight() {
@@ -149,33 +84,23 @@ class Panel {
   }
 
   build() {
-    this.head = make("button", { type: "button", className: "elrond-head", onclick: () => this.toggle() });
+    const toggle = () => this.toggle();
+    this.head = make("button", { type: "button", className: "elrond-head", "aria-expanded": "true", onclick: toggle });
     this.list = make("ul", { "aria-label": "Directions" });
     // Where the frontend lays nodes out by their content, the list itself must be limited.
     this.list.style.maxHeight = `${MOST_ROWS * this.rowHeight}px`;
     this.status = make("div", { role: "status" });
+    this.columns = make("div", { className: "elrond-columns" });
     this.starred = make("input", { type: "checkbox", onchange: () => this.draw() });
-    this.bar = make("div", { className: "elrond-bar" });
+    this.bars = [make("div", { className: "elrond-bar" })];
     if (this.steers) {
       this.ends = this.makeEnds("the sliders");
-      this.bar.append(
-        ...this.ends,
-        make("button", {
-          type: "button",
-          textContent: "Randomise",
-          title: "A random strength for every direction that is switched on",
-          onclick: () => this.randomise(),
-        }),
-        make("button", {
-          type: "button",
-          textContent: "Off",
-          title: "Switch all off; index and strength act again",
-          onclick: () => this.strengths && this.write(new Map()),
-        }),
-      );
+      this.bars[0].append("ends", ...this.ends);
+      this.when = makeWhen(this.node, (text) => this.draw(text || this.problem));
+      this.bars.push(this.makeRandomiser(), this.when.bar);
     }
-    this.bar.append(
-      make("label", { title: "Show starred directions only" }, this.starred, " ★ only"),
+    this.bars[0].append(
+      make("label", { className: "elrond-right", title: "Show starred directions only" }, this.starred, " ★ only"),
       make("button", {
         type: "button",
         textContent: "↻",
@@ -184,12 +109,36 @@ class Panel {
         onclick: () => this.refresh(true),
       }),
     );
-    this.root = make("div", { className: "elrond-panel" }, this.head, this.bar, this.list, this.status);
-    // Delete in a slider must not delete the node; shortcuts with Ctrl, such as queueing, still work.
-    this.root.addEventListener("keydown", (event) => {
-      if (!event.ctrlKey && !event.metaKey) event.stopPropagation();
-    });
-    this.root.addEventListener("pointerdown", (event) => event.stopPropagation());
+    this.root = box(this.head, ...this.bars, this.columns, this.list, this.status);
+  }
+
+  makeRandomiser() {
+    const label = "Total strength that Randomise keeps to";
+    const title = `${label}: the length of the sum of the directions, in the node's unit. Empty: none.`;
+    const onchange = () => {
+      this.kept.total = this.total.valueAsNumber > 0 ? this.total.valueAsNumber : undefined;
+      this.draw();
+      changed(this.node);
+    };
+    this.total = make("input", { type: "number", min: 0, step: "any", title, "aria-label": label, onchange });
+    return make(
+      "div",
+      { className: "elrond-bar" },
+      make("button", {
+        type: "button",
+        textContent: "Randomise",
+        title: "A random strength for every direction that is switched on",
+        onclick: () => this.randomise(),
+      }),
+      make("label", { title }, "to a total of", this.total),
+      make("button", {
+        type: "button",
+        className: "elrond-right",
+        textContent: "Off",
+        title: "Switch all off; index and strength act again",
+        onclick: () => this.strengths && this.write(new Map()),
+      }),
+    );
   }
 
   /** Two fields for the lowest and the highest strength of one slider, or of all that have none of their own. */
@@ -202,17 +151,12 @@ class Panel {
   }
 
   listen() {
-    const { node } = this;
-    const chain = (name, after) => {
-      const before = node[name];
-      node[name] = function (...values) {
-        const result = before?.apply(this, values);
-        after();
-        return result;
-      };
-    };
-    chain("onConfigure", () => this.later());
-    chain("onConnectionsChange", () => this.later());
+    chain(this.node, "onConfigure", (saved) => {
+      this.configured = true;
+      if (saved?.properties?.elrond?.open === undefined) this.kept.open = false;
+      this.later();
+    });
+    chain(this.node, "onConnectionsChange", () => this.later());
     this.later();
   }
 
@@ -228,7 +172,8 @@ class Panel {
   }
 
   get valuesNow() {
-    return this.steers && JSON.stringify([this.effective("strengths").map((widget) => widget?.value), this.unit]);
+    const strengths = this.steers && this.effective("strengths").map((widget) => widget?.value);
+    return this.steers && JSON.stringify([strengths, this.unit, this.usualWindow]);
   }
 
   /** Follow the values, whoever changed them; what is shown already stays, with what is said beside it. */
@@ -240,6 +185,7 @@ class Panel {
   async refresh(anew = false) {
     // A node that was removed, or is being moved into a subgraph, has no graph.
     if (!this.node.graph) return;
+    if (!this.configured) this.widen();
     this.namesShown = this.namesNow;
     const widgets = this.names;
     const names = new Set(widgets.map((widget) => widget?.value));
@@ -264,32 +210,48 @@ class Panel {
     this.file = file;
     this.problem = said;
     this.draw();
-    this.fit();
+    fit(this.node);
   }
 
   toggle() {
-    this.kept.open = !this.kept.open;
-    if (this.kept.open) {
-      if (this.steers) this.node.setSize([Math.max(this.node.size[0], LEAST_WIDTH), this.node.size[1]]);
+    this.unfold(!this.kept.open);
+    changed(this.node);
+    if (this.kept.open) this.refresh(true);
+  }
+
+  unfold(open) {
+    this.kept.open = open;
+    if (open) {
+      this.widen();
       // It may grow over the node below.
       app.canvas?.bringToFront?.(this.node);
     }
     this.draw();
-    this.fit(true);
-    if (this.kept.open) this.refresh(true);
+    fit(this.node, true);
   }
 
-  fit(shrink = false) {
-    const [width, least] = this.node.computeSize();
-    const height = shrink ? least : Math.max(this.node.size[1], least);
-    if (height !== this.node.size[1]) this.node.setSize([Math.max(width, this.node.size[0]), height]);
-    this.node.setDirtyCanvas?.(true, true);
+  widen() {
+    if (this.steers && this.node.size[0] < LEAST_WIDTH) this.node.setSize([LEAST_WIDTH, this.node.size[1]]);
   }
 
-  /** Both ends of a slider, or of all that have none of their own. */
+  /** Both ends of a slider, or of all that have none of their own: what is usable, where that is known. */
   range(index) {
     const reach = this.unit === "absolute" ? 60 : 1;
-    return [...(this.kept.ranges?.[index] ?? this.kept.range ?? [-reach, reach])];
+    return [...(this.kept.ranges?.[index] ?? this.kept.range ?? this.usable(index) ?? [-reach, reach])];
+  }
+
+  /** The strengths that Calibrate Directions found usable, in the node's unit; null where that is not known. */
+  usable(index) {
+    const interval = this.unit === "token norms" ? this.file?.directions[index]?.interval : null;
+    return interval && interval[0] < interval[1] ? interval.map(round) : null;
+  }
+
+  /** Strengths of equal change, in the node's unit; none where they are not known. */
+  stops(index) {
+    const stops = this.file?.directions[index]?.stops ?? [];
+    if (this.unit === "token norms") return stops.map(round);
+    const middle = (stops.length - 1) / 2;
+    return this.unit === "absolute" ? [] : stops.map((_, place) => round((place - middle) / middle));
   }
 
   /** Where a slider that is off stands: where it was left, or as near to 0 as it goes. */
@@ -305,7 +267,7 @@ class Panel {
     if (good && index === undefined) this.kept.range = range;
     else if (good) this.kept.ranges = { ...this.kept.ranges, [index]: range };
     this.draw(good ? "" : "The lowest strength must be below the highest.");
-    this.node.graph?.change?.();
+    changed(this.node);
   }
 
   /** Write strengths to the node's widget; all else follows from it. */
@@ -315,19 +277,33 @@ class Panel {
     if (widget.value !== text) {
       widget.value = text;
       widget.callback?.(text);
-      this.node.graph?.change?.();
+      changed(this.node);
     }
     this.draw();
   }
 
-  randomise() {
-    const chosen = [...parse(this.strengths?.value).keys()];
-    if (!chosen.length) return this.draw("Switch on the directions to randomise first.");
-    const drawn = (index) => {
+  async randomise() {
+    const chosen = parse(this.strengths?.value);
+    if (!chosen.size) return this.draw("Switch on the directions to randomise first.");
+    for (const [index, entry] of chosen) {
       const [lowest, highest] = this.range(index);
-      return round(lowest + (highest - lowest) * Math.random());
-    };
-    this.write(new Map(chosen.map((index) => [index, drawn(index)])));
+      entry.value = round(lowest + (highest - lowest) * Math.random());
+    }
+    if (!(this.kept.total > 0)) return this.write(chosen);
+    const { file } = this;
+    if (!file) return this.draw("A total needs the directions' file: connect Load Directions.");
+    const before = this.strengths.value;
+    try {
+      const name = encodeURIComponent(file.name);
+      const { length } = await ask(`/elrond/length?name=${name}&strengths=${encodeURIComponent(format(chosen))}`);
+      if (!length) return this.draw("These strengths add up to nothing: move the ends of the sliders.");
+      // A slider that was moved in the meantime wins.
+      if (this.strengths?.value !== before || this.file !== file) return;
+      for (const entry of chosen.values()) entry.value = round((entry.value * this.kept.total) / length);
+      this.write(chosen);
+    } catch (error) {
+      this.draw(error.message);
+    }
   }
 
   async keep(change) {
@@ -344,12 +320,22 @@ class Panel {
     this.valuesShown = this.valuesNow;
     const open = Boolean(this.kept.open);
     const count = this.file?.directions.length;
-    this.head.textContent = `${open ? "▾" : "▸"} ${count ? `${count} directions of “${this.file.concept}”` : "Directions"}`;
+    const names = (this.file?.directions ?? []).flatMap(({ label }) => label || []);
+    this.head.textContent =
+      `${open ? "▾" : "▸"} ${count ? `${count} directions of “${this.file.concept}”` : "Directions"}` +
+      (open || !names.length ? "" : `: ${names.join(", ")}`);
     this.head.setAttribute("aria-expanded", String(open));
-    for (const part of [this.bar, this.list, this.status]) part.hidden = !open;
+    for (const part of [...this.bars, this.columns, this.list, this.status]) part.hidden = !open;
     if (!open) return;
     const on = this.steers ? parse(this.strengths?.value) : new Map();
-    if (this.steers) this.range().forEach((end, place) => (this.ends[place].value = end));
+    if (this.steers) {
+      this.when.draw();
+      this.range().forEach((end, place) => (this.ends[place].value = end));
+      if (document.activeElement !== this.total) this.total.value = this.kept.total ?? "";
+    }
+    this.columns.replaceChildren(
+      ...(count ? ["direction", this.file.score_name] : []).map((text) => make("span", { textContent: text, title: text })),
+    );
     const some = (this.file?.directions ?? []).filter((entry) => entry.star || !this.starred.checked);
     this.arrange(some, on);
     const beyond = count === undefined ? [] : [...on.keys()].filter((index) => index >= count);
@@ -401,23 +387,36 @@ class Panel {
     if (this.steers) {
       const slide = (event) => this.slide(index, event.target.valueAsNumber);
       parts.on = make("input", { type: "checkbox", onchange: (event) => this.switch(index, event.target.checked) });
+      parts.stops = make("datalist", { id: `elrond-stops-${++lists}` });
       parts.slider = make("input", { type: "range", oninput: slide });
+      parts.slider.setAttribute("list", parts.stops.id);
       parts.value = make("input", { type: "number", step: "any", onchange: slide });
       parts.more = make("button", { type: "button", className: "elrond-more", textContent: "⋯" });
       parts.ends = this.makeEnds(`direction ${index}`, index);
-      const own = line("ends ", ...parts.ends);
-      own.hidden = true;
+      parts.window = this.makeWindow(index);
+      const own = [line("ends", ...parts.ends), line("acts from", parts.window[0], "to", parts.window[1])];
+      for (const each of own) each.hidden = true;
       parts.more.onclick = () => {
-        own.hidden = !own.hidden;
-        parts.more.setAttribute("aria-expanded", String(!own.hidden));
+        for (const each of own) each.hidden = !each.hidden;
+        parts.more.setAttribute("aria-expanded", String(!own[0].hidden));
       };
       parts.more.setAttribute("aria-expanded", "false");
-      lines.push(line(parts.on, parts.slider, parts.value, parts.more), own);
+      lines.push(line(parts.on, parts.slider, parts.stops, parts.value, parts.more), ...own);
     }
     const row = make("li", {}, parts.picture, make("div", { className: "elrond-lines" }, ...lines));
     row.dataset.index = index;
     row.parts = parts;
     return row;
+  }
+
+  /** Two fields for the start and the end of one direction; empty where it follows the node's. */
+  makeWindow(index) {
+    return ["Start", "End"].map((end, place) => {
+      const label = `${end} of direction ${index}`;
+      const title = `${label}, as a share of the sampling; empty: the node's own ${end.toLowerCase()}`;
+      const onchange = (event) => this.setWindow(index, place, event.target.valueAsNumber);
+      return make("input", { type: "number", min: 0, max: 1, step: 0.05, title, "aria-label": label, onchange });
+    });
   }
 
   fill({ parts }, entry, on) {
@@ -432,30 +431,51 @@ class Panel {
     if (thumbnail && parts.picture.getAttribute("src") !== address) parts.picture.src = address;
     if (document.activeElement !== parts.label) parts.label.value = label;
     parts.label.setAttribute("aria-label", `Name of direction ${index}`);
-    parts.score.textContent = score.toPrecision(2);
+    parts.score.textContent = Number(score.toPrecision(2));
     parts.score.title = `${this.file.score_name} ${score}`;
     if (!this.steers) return;
     const [lowest, highest] = this.range(index);
-    const value = on.get(index) ?? this.rest(index);
+    const value = on.get(index)?.value ?? this.rest(index);
+    const window = this.window(index, on);
     parts.on.checked = on.has(index);
     parts.on.setAttribute("aria-label", `Use ${title}`);
-    Object.assign(parts.slider, { min: lowest, max: highest, step: (highest - lowest) / 200 });
+    // Stops lie on no grid.
+    const step = this.stops(index).length ? "any" : (highest - lowest) / 200;
+    Object.assign(parts.slider, { min: lowest, max: highest, step });
     parts.slider.value = value;
+    this.fillStops(parts, index);
     parts.slider.setAttribute("aria-label", `Strength of ${title}`);
     if (document.activeElement !== parts.value) parts.value.value = round(value);
     parts.value.setAttribute("aria-label", `Exact strength for ${title}`);
     [lowest, highest].forEach((end, place) => (parts.ends[place].value = end));
-    parts.more.title = `Ends of the slider of ${title}`;
+    parts.window.forEach((field, place) => {
+      field.placeholder = round(this.usualWindow[place]);
+      if (document.activeElement !== field) field.value = window?.[place] ?? "";
+    });
+    parts.more.textContent = window ? window.join("–") : "⋯";
+    parts.more.title = `Ends of the slider, and start and end, of ${title}`;
     parts.more.setAttribute("aria-label", parts.more.title);
-    for (const part of [parts.on, parts.slider, parts.value]) part.disabled = !this.strengths;
+    for (const part of [parts.on, parts.slider, parts.value, ...parts.window]) part.disabled = !this.strengths;
+  }
+
+  fillStops(parts, index) {
+    const stops = this.stops(index);
+    const shown = JSON.stringify(stops);
+    if (parts.shownStops === shown) return;
+    parts.shownStops = shown;
+    parts.stops.replaceChildren(...stops.map((stop) => make("option", { value: stop })));
+    const ends = stops.length && `Usable from ${stops[0]} to ${stops.at(-1)}; equal changes between the marks.`;
+    parts.slider.title = ends || "";
   }
 
   switch(index, on) {
     const strengths = parse(this.strengths.value);
-    if (on) strengths.set(index, round(this.rest(index)));
+    if (on) strengths.set(index, { value: round(this.rest(index)), window: this.window(index) });
     else {
       // Where the slider stood, for when it is switched on again.
-      this.kept.values = { ...this.kept.values, [index]: strengths.get(index) };
+      const { value, window } = strengths.get(index);
+      this.kept.values = { ...this.kept.values, [index]: value };
+      this.kept.windows = { ...this.kept.windows, [index]: window };
       strengths.delete(index);
     }
     this.write(strengths);
@@ -463,25 +483,34 @@ class Panel {
 
   slide(index, value) {
     if (!Number.isFinite(value)) return this.draw("A strength is a number.");
-    this.write(parse(this.strengths.value).set(index, round(value)));
+    const strengths = parse(this.strengths.value);
+    this.write(strengths.set(index, { value: round(value), window: this.window(index, strengths) }));
   }
-}
 
-function round(value) {
-  return Number(value.toFixed(4));
-}
+  /** Start and end of a direction, if it has its own: in the text if it is on, or as they were when it was last. */
+  window(index, on = parse(this.strengths?.value)) {
+    return (on.has(index) ? on.get(index).window : this.kept.windows?.[index]) ?? null;
+  }
 
-/** A list that can scroll does; the canvas, which listens before the list is asked, does not zoom. */
-function scrollLists(event) {
-  const list = event.target.closest?.(".elrond-panel ul");
-  if (list && list.scrollHeight > list.clientHeight && !event.ctrlKey && !event.metaKey) event.stopPropagation();
+  setWindow(index, place, share) {
+    const strengths = parse(this.strengths.value);
+    let window = null;
+    if (!Number.isNaN(share)) {
+      window = [...(this.window(index, strengths) ?? this.usualWindow)].map(round);
+      window[place] = round(share);
+      const [start, end] = window;
+      if (!(start >= 0 && start < end && end <= 1)) return this.draw("A direction starts before it ends, between 0 and 1.");
+    }
+    if (strengths.has(index)) return this.write(strengths.set(index, { ...strengths.get(index), window }));
+    this.kept.windows = { ...this.kept.windows, [index]: window };
+    this.draw();
+    changed(this.node);
+  }
 }
 
 app.registerExtension({
   name: "elrond.panel",
   setup() {
-    document.head.append(make("style", { textContent: STYLE }));
-    window.addEventListener("wheel", scrollLists, { capture: true, passive: true });
     // A graph that ran may have saved directions or made thumbnails.
     api.addEventListener("execution_success", () => panels().forEach((panel) => panel.kept.open && panel.refresh(true)));
     setInterval(() => panels().forEach((panel) => panel.look()), LOOK_EVERY);

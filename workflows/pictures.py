@@ -1,7 +1,8 @@
 """Draws what each workflow makes and how the pack looks: `python -m workflows.pictures [NAME …]`.
 
 Runs on the real server, about four minutes on two cores for all. A workflow's picture is `<name>.jpg` beside it, for
-ComfyUI's template browser. `graph` and `panel` are screenshots of Chromium in docs/pictures, for README.md.
+ComfyUI's template browser; those of the workflows for models that people use are screenshots of the graph. `graph`,
+`panel` and `blueprints` are screenshots of Chromium in docs/pictures.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from demo.browser import chromium, open_page, post, run_graph
 from demo.server import Server, progress_bar
 from elrond_core.sheets import contact_sheet
 
-FOLDER = Path(__file__).parent
+from .examples import EXAMPLES
+
+GRAPHS = Path(__file__).parent / "api"
+FOLDER = Path(__file__).parents[1] / "example_workflows"
 SCREENSHOTS = FOLDER.parent / "docs" / "pictures"
 # The part of the page for the graph, in pixels; the frontend's menus lie left, above and below.
 WIDTH, HEIGHT, LEFT, ABOVE, BELOW = 1800, 1100, 70, 200, 70
@@ -35,7 +39,7 @@ class Run:
 
     def __init__(self, server: Server, name: str) -> None:
         self._server = server
-        self._graph = json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
+        self._graph = json.loads((GRAPHS / f"{name}.json").read_text(encoding="utf-8"))
         self._outputs = server.run(self._graph, progress_bar(sys.stdout))
 
     def images(self, title: str) -> torch.Tensor:
@@ -88,6 +92,10 @@ def _narrowed(picture: np.ndarray, width: int) -> np.ndarray:
     return np.asarray(small, dtype=np.float32) / 255
 
 
+def _save(picture: np.ndarray, path: Path) -> None:
+    Image.fromarray((picture * 255).round().astype(np.uint8)).save(path, quality=88, optimize=True)
+
+
 def graph(server: Server, path: Path) -> None:
     """Take a screenshot of the discover workflow after it has run."""
     with _page(server) as page:
@@ -115,15 +123,46 @@ def panel(server: Server, path: Path) -> None:
                 }
                 const sampler = window.app.graph.getNodeById(6);
                 sampler.widgets.find((widget) => widget.name === "control_after_generate").value = "fixed";
+                // Fields that are out of sight cannot be moved.
+                window.app.canvas.ds.scale = 0.8;
+                window.app.canvas.ds.offset = [120, 260];
+                window.app.canvas.setDirty(true, true);
             }"""
         )
-        page.locator(".elrond-head").nth(1).click()
+        page.get_by_label("Use dark → bright", exact=True).wait_for()
         for name, strength in (("dark → bright", "-0.5"), ("small → large", "0.6")):
             page.get_by_label(f"Use {name}", exact=True).check()
             page.get_by_label(f"Strength of {name}", exact=True).fill(strength)
         run_graph(page)
         page.evaluate("() => window.app.canvas.deselectAll()")
         _shoot(page, path)
+
+
+def blueprints(server: Server, path: Path) -> None:
+    """Take a screenshot of the nodes that the blueprints are."""
+    graphs = [json.loads(each.read_text(encoding="utf-8")) for each in sorted((FOLDER.parent / "subgraphs").iterdir())]
+    whole = {**graphs[0], "nodes": [], "definitions": {"subgraphs": []}}
+    for number, each in enumerate(graphs):
+        (node,) = each["nodes"]
+        whole["nodes"].append({**node, "id": number + 1, "pos": [number * 400, 0]})
+        whole["definitions"]["subgraphs"] += each["definitions"]["subgraphs"]
+    whole["last_node_id"] = len(graphs)
+    with _page(server) as page:
+        page.evaluate("async (graph) => await window.app.loadGraphData(graph, true, true, 'blueprints')", whole)
+        _shoot(page, path)
+
+
+def example(server: Server, path: Path) -> None:
+    """Take a screenshot of a workflow without its note, as small as the template browser shows it."""
+    with _page(server) as page:
+        workflow = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        workflow["nodes"] = [node for node in workflow["nodes"] if node["type"] != "MarkdownNote"]
+        page.evaluate("async (graph) => await window.app.loadGraphData(graph, true, true, 'example')", workflow)
+        taken = path.with_suffix(".png")
+        _shoot(page, taken)
+    large = np.asarray(Image.open(taken).convert("RGB"), dtype=np.float32) / 255
+    taken.unlink()
+    _save(_narrowed(large, 1000), path)
 
 
 @contextlib.contextmanager
@@ -189,27 +228,29 @@ def _sweep() -> dict[str, Any]:
 
 # In this order: steer loads directions that discover saves.
 WORKFLOWS: tuple[Callable[[Run], np.ndarray], ...] = (discover, steer, diversify, complexity)
-SHOTS: tuple[Callable[[Server, Path], None], ...] = (graph, panel)
+SHOTS: tuple[Callable[[Server, Path], None], ...] = (graph, panel, blueprints)
 
 
 def main() -> None:
     """Draw the pictures named, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [draw.__name__ for draw in (*WORKFLOWS, *SHOTS)]
+    examples = [load.__name__ for load in EXAMPLES]
+    names = [*(draw.__name__ for draw in (*WORKFLOWS, *SHOTS)), *examples]
     parser.add_argument("names", nargs="*", metavar="NAME", choices=[*names, []], help=", ".join(names))
     chosen = parser.parse_args().names or names
     with tempfile.TemporaryDirectory() as output, Server(Path(output)) as server:
         for draw in WORKFLOWS:
             if draw.__name__ in chosen:
                 print(draw.__name__)
-                picture = draw(Run(server, draw.__name__))
-                Image.fromarray((picture * 255).round().astype(np.uint8)).save(
-                    FOLDER / f"{draw.__name__}.jpg", quality=88, optimize=True
-                )
+                _save(draw(Run(server, draw.__name__)), FOLDER / f"{draw.__name__}.jpg")
         for shoot in SHOTS:
             if shoot.__name__ in chosen:
                 print(shoot.__name__)
                 shoot(server, SCREENSHOTS / f"{shoot.__name__}.png")
+        for name in examples:
+            if name in chosen:
+                print(name)
+                example(server, FOLDER / f"{name}.jpg")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ _GRID = 32
 # Width of the Gaussian similarity of images, as a root mean square difference of pixels in [0, 1]. At this difference
 # two images have the similarity 0.6.
 _PIXEL_SCALE = 0.15
+# What distances are of, for reports.
+OF_FEATURES = "the cosine of an image encoder's features"
+OF_PIXELS = f"their pixels at {_GRID} x {_GRID}"
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def of_features(features: torch.Tensor) -> Diversity:
     _check_count(features)
     unit = _unit(features)
     similarity = unit @ unit.T
-    return _measure(1 - similarity, similarity, "the cosine of an image encoder's features")
+    return _measure(1 - similarity, similarity, OF_FEATURES)
 
 
 def of_pixels(images: torch.Tensor) -> Diversity:
@@ -116,10 +119,31 @@ def of_pixels(images: torch.Tensor) -> Diversity:
     """
     _check_count(images)
     _check_finite(images)
-    reduced = torch.nn.functional.adaptive_avg_pool2d(images[..., :3].movedim(-1, 1).double(), _GRID).flatten(1)
+    reduced = _reduced(images)
     distances = torch.cdist(reduced, reduced, compute_mode="donot_use_mm_for_euclid_dist") / reduced.shape[1] ** 0.5
     similarity = torch.exp(-0.5 * (distances / _PIXEL_SCALE) ** 2)
-    return _measure(distances, similarity, f"their pixels at {_GRID} x {_GRID}")
+    return _measure(distances, similarity, OF_PIXELS)
+
+
+def points_of_features(features: torch.Tensor) -> torch.Tensor:
+    """Features (N, F) as points whose Euclidean distance is that of `of_features`, but for a root: √(2 · (1 - cosine)).
+
+    Unlike 1 - cosine, it grows in proportion to a small change. Features that are zero or not finite give NaN.
+
+    Returns:
+        float32 (N, F).
+    """
+    return (features.double() / features.double().norm(dim=1, keepdim=True)).float()
+
+
+def points_of_pixels(images: torch.Tensor) -> torch.Tensor:
+    """Images (N, H, W, 3) in [0, 1] as points whose Euclidean distance is that of `of_pixels`.
+
+    Returns:
+        float32 (N, F).
+    """
+    reduced = _reduced(images)
+    return (reduced / reduced.shape[1] ** 0.5).float()
 
 
 def vendi_score(similarity: torch.Tensor) -> float:
@@ -130,6 +154,11 @@ def vendi_score(similarity: torch.Tensor) -> float:
     """
     values = torch.linalg.eigvalsh(similarity.double() / len(similarity)).clamp_min(0)
     return float(torch.exp(torch.special.entr(values / values.sum()).sum()))
+
+
+def _reduced(images: torch.Tensor) -> torch.Tensor:
+    """Pixels of images (N, H, W, 3) at `_GRID` × `_GRID`: float64 (N, F)."""
+    return torch.nn.functional.adaptive_avg_pool2d(images[..., :3].movedim(-1, 1).double(), _GRID).flatten(1)
 
 
 def _check_count(items: torch.Tensor) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 
 from ..errors import ElrondError
@@ -46,3 +49,22 @@ def steer(conditioning: torch.Tensor, rows: tuple[int, ...], change: torch.Tenso
     steered = (out[:, index].float() + change.float()).to(out.dtype)
     out[:, index] = torch.where(moved[..., None], steered, out[:, index])
     return out
+
+
+def acting_together(windows: Sequence[tuple[float, float]]) -> list[tuple[float, float, tuple[int, ...]]]:
+    """The parts of the sampling in which the same steps act.
+
+    Args:
+        windows: start and end of each step, as shares of the sampling in [0, 1].
+
+    Returns:
+        Start and end of each part, in order of time, and the numbers of the steps that act in it. Parts in which no
+        step acts are left out.
+    """
+    cuts = sorted({cut for window in windows for cut in window})
+    parts = []
+    for start, end in itertools.pairwise(cuts):
+        acting = tuple(i for i, (first, last) in enumerate(windows) if first <= start and end <= last)
+        if acting:
+            parts.append((start, end, acting))
+    return parts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -33,6 +34,7 @@ def merge(first: Directions, second: Directions) -> Directions:
         stars=first.stars + second.stars,
         natural_std=first.natural_std + second.natural_std if first.natural_std and second.natural_std else (),
         densities=first.densities + second.densities if first.densities and second.densities else (),
+        **_joined_calibrations(first, second),
     )
 
 
@@ -47,6 +49,8 @@ def subset(directions: Directions, indices: Sequence[int]) -> Directions:
         stars=tuple(directions.stars[i] for i in order),
         natural_std=tuple(directions.natural_std[i] for i in order) if directions.natural_std else (),
         densities=tuple(directions.densities[i] for i in order) if directions.densities else (),
+        intervals=tuple(directions.intervals[i] for i in order) if directions.intervals else (),
+        stops=tuple(directions.stops[i] for i in order) if directions.stops else (),
     )
 
 
@@ -97,9 +101,11 @@ def orthogonalised(directions: Directions) -> Directions:
         directions,
         vectors=(basis * diagonal.sign()).T.float().reshape(directions.vectors.shape),
         method={**directions.method, "orthogonalised": "yes"},
-        # An orthogonalised direction has another natural variation, and is no latent.
+        # An orthogonalised direction has another natural variation and other usable strengths, and is no latent.
         natural_std=(),
         densities=(),
+        intervals=(),
+        stops=(),
     )
 
 
@@ -113,6 +119,17 @@ def renamed(directions: Directions, names: Sequence[str]) -> Directions:
         raise ElrondError(f"There are {len(names)} names for {len(directions)} directions.")
     new_names = [name.strip() for name in names] + [""] * (len(directions) - len(names))
     return replace(directions, names=tuple(new or old for new, old in zip(new_names, directions.names, strict=True)))
+
+
+def _joined_calibrations(first: Directions, second: Directions) -> dict[str, Any]:
+    """Intervals and stops of two sets, where one of them may have none."""
+    if not (first.stops or second.stops):
+        return {}
+    both = (first, second)
+    return {
+        "intervals": sum((s.intervals or ((0.0, 0.0),) * len(s) for s in both), ()),
+        "stops": sum((s.stops or ((),) * len(s) for s in both), ()),
+    }
 
 
 def _name(directions: Directions) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,6 +41,7 @@ def draw_steps(
     both_signs: bool = True,
     method: str = RANDOM,
     weighting: str = EQUAL,
+    total: float = 0.0,
 ) -> list[Draw]:
     """Draw one steering step for each image.
 
@@ -62,6 +63,9 @@ def draw_steps(
         weighting: one of `WEIGHTINGS`. With `SCORE` or `DENSITY`, the probability of a direction is proportional to its
             score or firing density, and its part in a mix to the square root. (The root of an explained variance is a
             standard deviation.)
+        total: the length of every step, in the place of a strength from the range; 0 leaves the range. The length is
+            the Euclidean norm of the whole change over the concept's rows, that of the sum of its directions and not
+            the root of their squared strengths: directions need not be orthogonal.
 
     Raises:
         ElrondError: if a number is out of range, every direction has weight zero, or the directions lack the
@@ -74,6 +78,7 @@ def draw_steps(
     if count < 1:
         raise ElrondError(f"The number of images must be at least 1, got {count}.")
     check_strengths(lowest, highest)
+    check_strengths(total, total)
     pool = min(leading, len(directions)) if leading else len(directions)
     if method == NATURAL and not directions.natural_std:
         raise ElrondError(
@@ -88,7 +93,8 @@ def draw_steps(
     if method == RANDOM:
         if not 1 <= mix <= usable:
             raise ElrondError(f"Each image can mix 1 to {usable} of these directions, not {mix}.")
-        return [_random_draw(weights, seed, i, lowest, highest, mix, both_signs, weighting) for i in range(count)]
+        draws = [_random_draw(weights, seed, i, lowest, highest, mix, both_signs, weighting) for i in range(count)]
+        return _at_length(draws, total)
 
     natural = method == NATURAL
     scales = torch.tensor(directions.natural_std[:pool], dtype=torch.float64) if natural else weights.sqrt()
@@ -99,7 +105,13 @@ def draw_steps(
         strengths = strengths * (parts @ directions.vectors[:pool].flatten(1).double()).norm(dim=1)
     parts = parts / parts.norm(dim=1, keepdim=True).clamp_min(1e-12)
     indices = tuple(range(pool))
-    return [Draw(indices, tuple(part), s) for part, s in zip(parts.tolist(), strengths.tolist(), strict=True)]
+    draws = [Draw(indices, tuple(part), s) for part, s in zip(parts.tolist(), strengths.tolist(), strict=True)]
+    return _at_length(draws, total)
+
+
+def _at_length(draws: list[Draw], total: float) -> list[Draw]:
+    """Draws whose steps have a given length and keep their direction and sign; the same draws if it is 0."""
+    return [replace(draw, strength=math.copysign(total, draw.strength)) for draw in draws] if total else draws
 
 
 def _random_draw(

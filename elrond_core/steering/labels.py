@@ -1,7 +1,4 @@
-"""Names for directions: the words that, put before the concept, change its rows in the same direction.
-
-Only the text encoder is needed.
-"""
+"""Names for directions: the opposites, or the words, that change the concept's rows in the same direction."""
 
 from __future__ import annotations
 
@@ -9,9 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from scipy.stats import beta
 
+from ..decompose.contrasts import Contrast, level_of_one
+from ..decompose.moments import require_finite
+from ..decompose.response import check_probes
 from ..decompose.words import word_steps
 from ..directions import Directions
+from ..errors import ElrondError
+from ..gradients import Gradients
 from ..prompt import Span
 
 
@@ -40,6 +43,11 @@ class Label:
         if len(ends) == 2:
             return f"{ends[0]} → {ends[1]}"
         return ("→ " if self.along else "← ") + ends[0] if ends else ""
+
+    def clear(self, least: float) -> tuple[str, float]:
+        """The name by words of at least this cosine, and the largest cosine."""
+        sides = (tuple(end for end in side if end[1] >= least) for side in (self.along, self.against))
+        return Label(*sides).name, abs(self.best[1])
 
     def line(self) -> str:
         """All words with their cosines."""
@@ -85,7 +93,128 @@ def label(
     return labels
 
 
-def labelled(directions: Directions, labels: Sequence[Label], min_score: float, replace_old: bool) -> Directions:
+@dataclass(frozen=True)
+class ContrastLabel:
+    """The contrasts closest to one direction.
+
+    Attributes:
+        closest: (contrast, cosine), best first. A cosine is negative if the direction leads from the positive side to
+            the negative one.
+        chance: a cosine of less than this in size may be chance.
+    """
+
+    closest: tuple[tuple[Contrast, float], ...]
+    chance: float
+
+    @property
+    def best(self) -> tuple[str, float]:
+        """Name and cosine of the best contrast, if the direction follows it better than chance; else ("", 0)."""
+        return self.clear(0.0)
+
+    def clear(self, least: float) -> tuple[str, float]:
+        """`best`, if its cosine has at least this size; else ("", 0)."""
+        for contrast, cosine in self.closest:
+            if abs(cosine) >= max(self.chance, least):
+                return _name(contrast, cosine), abs(cosine)
+        return "", 0.0
+
+    def line(self) -> str:
+        """The closest contrasts with their cosines, and what chance reaches."""
+        found = ", ".join(f"{_name(contrast, cosine)} {abs(cosine):.2f}" for contrast, cosine in self.closest)
+        return f"{found} (chance: {self.chance:.2f})"
+
+
+def _name(contrast: Contrast, cosine: float) -> str:
+    return contrast.name if cosine > 0 else contrast.reversed_name
+
+
+def label_by_contrasts(
+    directions: Directions,
+    contrasts: Sequence[Contrast],
+    steps: torch.Tensor,
+    samples: torch.Tensor | None = None,
+    top: int = 3,
+) -> list[ContrastLabel]:
+    """The contrasts that each direction follows best.
+
+    Two steps of the rows agree as far as they change the image alike: by their cosine under the metric E[s sᵀ] of
+    samples s. Jacobian probes give the pullback metric, and centred gradients their covariance, which weights a change
+    by how much the images vary along it. Without samples the cosine is that of the embedding.
+
+    A direction of no meaning makes a random change. If that is uniform on the sphere of all changes, of D dimensions,
+    the square of its cosine with a contrast has the distribution Beta(1/2, (D - 1)/2). A direction follows a contrast
+    better than chance if their cosine is above what that exceeds at a level of `LEVEL` for all contrasts together
+    (`elrond_core.decompose.contrasts`). D is the number of values of the rows, or that of the samples if it is smaller.
+
+    Args:
+        directions: K directions over (R, d).
+        contrasts: W contrasts.
+        steps: float64 (W, R · d), how the rows move along each (`elrond_core.decompose.contrasts.displacements`).
+        samples: float32 (S, R · d), for the metric (`metric_samples`); None for the embedding's.
+        top: number of contrasts of a label, at most.
+
+    Returns:
+        One label a direction.
+    """
+    vectors = directions.vectors.flatten(1)
+    size = vectors.shape[1] if samples is None else min(samples.shape)
+    chance = float(beta.isf(level_of_one(len(contrasts)), 0.5, max(size - 1, 1) / 2)) ** 0.5
+    labels = []
+    for row in _cosines(_through(vectors, samples), _through(steps.float(), samples)):
+        order = row.abs().argsort(descending=True)[:top].tolist()
+        labels.append(ContrastLabel(tuple((contrasts[k], float(row[k])) for k in order), chance))
+    return labels
+
+
+def metric_samples(directions: Directions, gradients: Gradients) -> torch.Tensor:
+    """Samples of the metric under which steps of directions are compared.
+
+    Args:
+        directions: K directions over (R, d).
+        gradients: gradients of the same concept.
+
+    Returns:
+        float32 (S, R · d): Jacobian probes; or the centred gradients where they came without.
+
+    Raises:
+        ElrondError: if the gradients are of another concept, or fewer than two.
+    """
+    one, other = directions.provenance, gradients.provenance
+    if directions.vectors.shape[1] == 1 < gradients.vectors.shape[1]:
+        gradients = gradients.summed_over_rows()
+    if (one.family, one.prompt, one.concept, directions.vectors.shape[1:]) != (
+        other.family,
+        other.prompt,
+        other.concept,
+        gradients.vectors.shape[1:],
+    ):
+        raise ElrondError(
+            f"The directions are of {one.concept!r} in {one.prompt!r} ({one.family}), and the gradients of "
+            f"{other.concept!r} in {other.prompt!r} ({other.family}): connect the gradients that the directions are "
+            "of, or none."
+        )
+    if len(gradients.probes) > 1:
+        check_probes(gradients)
+        return gradients.probes.flatten(1)
+    require_finite(gradients.flat)
+    if len(gradients) < 2:
+        raise ElrondError(f"A covariance needs at least 2 gradients, got {len(gradients)}.")
+    return gradients.flat - gradients.flat.mean(0)
+
+
+def _through(steps: torch.Tensor, samples: torch.Tensor | None) -> torch.Tensor:
+    """Vectors whose inner products are those of the steps (N, D) under the metric."""
+    return steps if samples is None else steps @ samples.T
+
+
+def _cosines(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Cosines of two sets of vectors, (N, …) and (W, …): (N, W); 0 where one has no length."""
+    return torch.nn.functional.normalize(first, dim=1) @ torch.nn.functional.normalize(second, dim=1).T
+
+
+def labelled(
+    directions: Directions, labels: Sequence[Label | ContrastLabel], min_score: float, replace_old: bool
+) -> Directions:
     """Directions named by their labels.
 
     Args:
@@ -96,12 +225,11 @@ def labelled(directions: Directions, labels: Sequence[Label], min_score: float, 
     """
     names = []
     for old, entry in zip(directions.names, labels, strict=True):
-        clear = Label(*(tuple(end for end in side if end[1] >= min_score) for side in (entry.along, entry.against)))
-        names.append(old if old and not replace_old else clear.name or old)
+        names.append(old if old and not replace_old else entry.clear(min_score)[0] or old)
     return replace(directions, names=tuple(names))
 
 
-def label_lines(directions: Directions, labels: Sequence[Label]) -> list[str]:
+def label_lines(directions: Directions, labels: Sequence[Label | ContrastLabel]) -> list[str]:
     """A line a direction: its name, and the closest words with their cosines."""
     return [
         f"{i}: {name or '(no name)'}   {entry.line()}"

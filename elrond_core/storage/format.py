@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,11 +17,12 @@ import torch
 
 from .. import __version__
 from ..directions import Directions
-from ..errors import ElrondError
+from ..errors import ElrondError, NotFoundError
 from ..gradients import Gradients
 from ..provenance import Provenance
 from .atomic_write import atomic_write, locked, make_folder, reason, remove_abandoned
 from .tensors import CHECKSUM, Entries, Metadata, Tensors, encode, header, plain, read, shown
+from .values import is_calibration, is_text, list_of, numbers
 
 FORMAT_VERSION = "2"
 # Version 1 is the same without a checksum.
@@ -48,7 +48,7 @@ _LAYOUTS: dict[str, dict[str, tuple[str, str]]] = {
 _COMMON = {"format_version", "kind", "project_version", "family", "d", "rows", "prompt", "concept", "tokens"}
 _COMMON |= {"token_norm", "sigma", "count", "seed", "host"}
 # Files of earlier releases lack them.
-_OPTIONAL = {"latent_values", "seeds", "reach", "densities"}
+_OPTIONAL = {"latent_values", "seeds", "reach", "densities", "interval", "stops"}
 # Only where there are several noise levels.
 _OPTIONAL_TENSORS = {"response_sigma"}
 _KEYS = {
@@ -193,6 +193,8 @@ def _directions_content(directions: Directions, name: str) -> bytes:
         "reach": json.dumps(directions.natural_std),
         "densities": json.dumps(directions.densities),
     }
+    if directions.stops:
+        metadata |= {"interval": json.dumps(directions.intervals), "stops": json.dumps(directions.stops)}
     tensors = {"vectors": directions.vectors, "scores": directions.scores}
     return _content(name, "directions", tensors, metadata, directions.provenance, directions.width)
 
@@ -274,7 +276,7 @@ def _read(path: Path, kind: str, family: str | None, width: int | None) -> tuple
     try:
         tensors, metadata = read(path, check)
     except FileNotFoundError as error:
-        raise ElrondError(f"There is no file {path.name}.") from error
+        raise NotFoundError(f"There is no file {path.name}.") from error
     check_values(path.name, kind, tensors)
     return tensors, metadata, about[0][0]
 
@@ -341,8 +343,8 @@ def _provenance(name: str, kind: str, metadata: Metadata) -> Provenance:
         token_norm = float(metadata["token_norm"])
     except ValueError:
         token_norm = math.nan
-    texts = _list_of(tokens, str) and all(map(_is_text, [*tokens, *metadata.values()])) and 0 < token_norm < math.inf
-    if not (texts and _numbers(sigma) and all(_list_of(whole, int) and _numbers(whole) for whole in (rows, seeds))):
+    texts = list_of(tokens, str) and all(map(is_text, [*tokens, *metadata.values()])) and 0 < token_norm < math.inf
+    if not (texts and numbers(sigma) and all(list_of(whole, int) and numbers(whole) for whole in (rows, seeds))):
         raise ElrondError(f"{name} has seeds, rows, tokens, sigma or token_norm that cannot be understood.")
     return Provenance(
         family=metadata["family"],
@@ -367,13 +369,16 @@ def _described(name: str, metadata: Metadata, count: int) -> dict[str, Any]:
     names, stars = _decode(metadata, "names", name), _decode(metadata, "stars", name)
     reach, densities = (_decode(metadata, key, name) if key in metadata else [] for key in ("reach", "densities"))
     good = isinstance(method, dict) and all(isinstance(value, str) for value in method.values())
-    good = good and all(map(_is_text, [*method, *method.values()]))
-    good = good and _list_of(names, str, count) and _list_of(stars, bool, count)
-    good = good and _numbers(reach) and _numbers(densities, most=1)
+    good = good and all(map(is_text, [*method, *method.values()]))
+    good = good and list_of(names, str, count) and list_of(stars, bool, count)
+    good = good and numbers(reach) and numbers(densities, most=1)
     if not (good and {len(reach), len(densities)} <= {0, count}):
         raise ElrondError(
             f"{name} has a method, names, stars, reach or densities that do not fit its {count} directions."
         )
+    interval, stops = (_decode(metadata, key, name) if key in metadata else [] for key in ("interval", "stops"))
+    if not is_calibration(interval, stops, count):
+        raise ElrondError(f"{name} has an interval or stops that are no calibration of its {count} directions.")
     for index, text in enumerate(names):
         unfit = next((character for character in text if unicodedata.category(character) in _NOT_IN_NAMES), None)
         if unfit is not None:
@@ -385,6 +390,8 @@ def _described(name: str, metadata: Metadata, count: int) -> dict[str, Any]:
         "stars": tuple(stars),
         "natural_std": tuple(map(float, reach)),
         "densities": tuple(map(float, densities)),
+        "intervals": tuple((float(low), float(high)) for low, high in interval),
+        "stops": tuple(tuple(map(float, row)) for row in stops),
     }
 
 
@@ -400,20 +407,6 @@ def _integer(metadata: Metadata, key: str, name: str) -> int:
     if not re.fullmatch("[0-9]{1,20}", metadata[key]):
         raise ElrondError(f"{name} has a {key} that is not a whole number of zero or more.")
     return int(metadata[key])
-
-
-def _is_text(value: str) -> bool:
-    """Whether every program can show it: it has no NUL and no half of a surrogate pair."""
-    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
-
-
-def _list_of(value: Any, kind: type, count: int | None = None) -> bool:
-    return isinstance(value, list) and all(type(x) is kind for x in value) and count in (None, len(value))
-
-
-def _numbers(value: Any, most: float = sys.float_info.max) -> bool:
-    """Whether this is a list of numbers from 0 to `most`; JavaScript writes 1.0 as 1."""
-    return isinstance(value, list) and all(type(x) in (int, float) and 0 <= x <= most for x in value)
 
 
 def check_values(name: str, kind: str, tensors: Tensors) -> None:

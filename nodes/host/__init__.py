@@ -3,14 +3,16 @@
 from .conditioning import MARK, MarkedPrompt, check_one_image, mark, marked
 from .denoiser import HostDenoiser, with_denoiser
 from .features import image_features, through_features
+from .image_clip import ImageClip
 from .matching import RowFinder, Text
-from .parts import resized, steer_conditioning
+from .parts import resized, steer_conditioning, steer_over_time
 from .paths import file_folders, make_folders, output_folder, routes
 from .resume import HOST, kept_training, open_shards, origin, shards_in, training_device, work_name
 from .sampling import (
     absent,
     decode,
     empty_latent,
+    own_latents,
     progress,
     sample,
     sampler_names,
@@ -21,14 +23,16 @@ from .sampling import (
 from .schedule import marked_at
 from .schema import search_aliases
 from .text import EncodedPrompt, encode, family_of, text_features
-from .upstream import texts_before
-from .words import rows_of, rows_with_words, span_of
+from .upstream import ImageNode, image_nodes_before, texts_before, with_links
+from .words import rows_of, rows_with_phrases, rows_with_words, span_of
 
 __all__ = [
     "HOST",
     "MARK",
     "EncodedPrompt",
     "HostDenoiser",
+    "ImageClip",
+    "ImageNode",
     "MarkedPrompt",
     "RowFinder",
     "Text",
@@ -40,6 +44,7 @@ __all__ = [
     "family_of",
     "file_folders",
     "image_features",
+    "image_nodes_before",
     "kept_training",
     "make_folders",
     "mark",
@@ -48,10 +53,12 @@ __all__ = [
     "open_shards",
     "origin",
     "output_folder",
+    "own_latents",
     "progress",
     "resized",
     "routes",
     "rows_of",
+    "rows_with_phrases",
     "rows_with_words",
     "sample",
     "sampler_names",
@@ -61,11 +68,13 @@ __all__ = [
     "sigma_of",
     "span_of",
     "steer_conditioning",
+    "steer_over_time",
     "stop_if_cancelled",
     "text_features",
     "texts_before",
     "through_features",
     "training_device",
     "with_denoiser",
+    "with_links",
     "work_name",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfy.model_management
@@ -87,9 +87,18 @@ def through_features(
             yield seen, torch.cat(features)
 
 
-def image_features(encoder: Any, images: torch.Tensor, batch_size: int = 32) -> torch.Tensor:
-    """Float32 (N, F) features of images (N, H, W, 3) by a CLIP_VISION: CLIP, SigLIP (their mean) or DINOv2."""
-    update = progress(len(images))
+def image_features(
+    encoder: Any, images: torch.Tensor, batch_size: int = 32, update: Callable[[int], None] | None = None
+) -> torch.Tensor:
+    """Float32 (N, F) features of images (N, H, W, 3) by a CLIP_VISION: CLIP, SigLIP (their mean) or DINOv2.
+
+    Args:
+        encoder: the CLIP_VISION.
+        images: any number of them.
+        batch_size: images at once.
+        update: told how many images are done; without it, a progress bar is.
+    """
+    update = update or progress(len(images))
     batches = []
     for first in range(0, len(images), batch_size):
         features = encoder.encode_image(images[first : first + batch_size])["image_embeds"].float().cpu()

@@ -9,7 +9,7 @@ entry: one new entry acts where it is steered, others act where it is not. Later
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,15 @@ import torch
 
 from ...elrond_core.errors import ElrondError
 from ...elrond_core.steering.apply import steer
+from ...elrond_core.steering.draws import check_share
 from . import at_sampling
 from .conditioning import MARK, PART, Conditioning, MarkedPrompt, PerImage, marked, plain
 
 # Gap between two entries, as a share of the sampling: a hundredth of one of a thousand timesteps. Two entries that meet
 # at a step would both act there, and be averaged.
 _GAP = 1e-5
+# Start and end as shares of the sampling, and the change of the rows between them.
+Change = tuple[float, float, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,33 +135,72 @@ def steer_conditioning(
     Raises:
         ElrondError: if no entry is marked, steering ends before it starts, or an entry cannot be masked.
     """
+
+    def throughout(prompt: MarkedPrompt) -> tuple[tuple[int, ...], list[Change]]:
+        rows, delta = change(prompt)
+        return rows, [(start, end, delta)]
+
+    return steer_over_time(conditioning, throughout, mask)
+
+
+def steer_over_time(
+    conditioning: Conditioning,
+    changes: Callable[[MarkedPrompt], tuple[tuple[int, ...], list[Change]]],
+    mask: torch.Tensor | None = None,
+) -> Conditioning:
+    """Steer every marked entry by a change of its own in each of several parts of the sampling.
+
+    Args:
+        conditioning: entries; those without a mark pass through.
+        changes: from an entry's marked prompt, the rows and the changes with their starts and ends, in order of time.
+            Between them the entry stays as it was.
+        mask: as for `steer_conditioning`.
+
+    Raises:
+        ElrondError: as `steer_conditioning`.
+    """
     marked(conditioning)
-    if not 0 <= start < end <= 1:
-        raise ElrondError(f"Steering must start before it ends, between 0 and 1, not from {start} to {end}.")
     at_sampling.install()
     out: Conditioning = []
     for tensor, options in conditioning:
         if MARK not in options:
             out.append([tensor, options])
             continue
-        rows, delta = change(options[MARK])
-        steered = steer(plain(tensor), rows, delta)
+        rows, parts = changes(options[MARK])
+        for start, end, _ in parts:
+            check_share(start, end)
+        steered = [steer(plain(tensor), rows, delta) for _, _, delta in parts]
+        count = max(map(len, [tensor, *steered]))
         # A batch of several items that another node made stays an ordinary tensor.
-        per_image = isinstance(tensor, PerImage) or len(steered) > len(tensor)
-        before = tensor.expand(len(steered), -1, -1)
-        if per_image:
-            steered, before = steered.as_subclass(PerImage), before.as_subclass(PerImage)
+        per_image = isinstance(tensor, PerImage) or count > len(tensor)
+        before, *after = (
+            expanded.as_subclass(PerImage) if per_image else expanded
+            for expanded in (each.expand(count, -1, -1) for each in (tensor, *steered))
+        )
         old = options.get(PART, Part())
-        for rows_, part in (
-            (before, Part(0.0, start)),
-            *((r, Part(start, end, share)) for r, share in _divided(options, mask, before, steered)),
-            (before, Part(end, 1.0)),
-        ):
+        for rows_, part in _in_order(parts, before, after, options, mask):
             new = old.within(part, options) if part.start < part.end else None
             if new is not None:
                 divided = new.share is not None or (new.start, new.end) != (0.0, 1.0)
                 out.append([rows_, new.limited(options) if divided else options])
     return out
+
+
+def _in_order(
+    parts: list[Change],
+    before: torch.Tensor,
+    after: list[torch.Tensor],
+    options: dict[str, Any],
+    mask: torch.Tensor | None,
+) -> Iterator[tuple[torch.Tensor, Part]]:
+    """What acts in each part of the sampling, and of the image: the entry as it was, or steered."""
+    last = 0.0
+    for (start, end, _), steered in zip(parts, after, strict=True):
+        yield before, Part(last, start)
+        for rows, share in _divided(options, mask, before, steered):
+            yield rows, Part(start, end, share)
+        last = end
+    yield before, Part(last, 1.0)
 
 
 def _divided(

@@ -14,6 +14,7 @@ import transformers
 from ...elrond_core.errors import ElrondError
 from ...elrond_core.prompt import Concept, Span, Token, changed_tokens, common, replacements
 from .conditioning import Conditioning
+from .image_clip import ImageClip, counted_images
 
 
 def family_of(clip: Any) -> str:
@@ -23,7 +24,7 @@ def family_of(clip: Any) -> str:
     if kind.__module__.endswith(".hunyuan_image"):
         return "HunyuanImage"
     name = kind.__name__.rstrip("_")
-    for suffix in ("ClipModel", "TEModel", "TextEncoder", "Model"):
+    for suffix in ("ClipModel", "TEModel", "TextEncoder", "Model", "TE"):
         if name.endswith(suffix) and name != suffix:
             return name.removesuffix(suffix)
     return name
@@ -59,7 +60,7 @@ class _Place(NamedTuple):
     """A token that a tokenizer made of the prompt.
 
     Attributes:
-        token: its number, or a vector of a textual inversion.
+        token: its number, a vector of a textual inversion, or the host's description of an image.
         chunk: which of the tokenizer's chunks it is in.
         position: its index in the chunk.
         row: its row in what the encoder returns; None if the encoder leaves it out.
@@ -72,7 +73,9 @@ class _Place(NamedTuple):
 
     @property
     def key(self) -> Hashable:
-        """A value that is equal for equal tokens only."""
+        """A value that is equal for equal tokens only; of images there is always the same one at a place."""
+        if isinstance(self.token, dict):
+            return "image"
         return int(self.token) if isinstance(self.token, numbers.Integral) else tuple(self.token.flatten().tolist())
 
 
@@ -116,15 +119,20 @@ class EncodedPrompt:
     A word's tokens are those that change when other words are put in its place: no other way leads through weights,
     textual inversions, chat templates and what tokenizers do to letters.
 
+    Args:
+        clip: CLIP.
+        prompt: the prompt.
+        conditioning: the prompt's conditioning, if it was encoded before.
+
     Attributes:
-        conditioning: what the stock CLIPTextEncode node returns.
+        conditioning: what the stock CLIPTextEncode node returns, or the node that an `ImageClip` is of.
         tokens: the prompt's tokens, without those of a chat template.
 
     Raises:
         ElrondError: if the encoder makes no rows, or cuts text in an unknown way.
     """
 
-    def __init__(self, clip: Any, prompt: str) -> None:
+    def __init__(self, clip: Any, prompt: str, conditioning: Conditioning | None = None) -> None:
         encoder = clip.cond_stage_model
         if next(encoder.parameters(), None) is None:
             raise ElrondError(
@@ -132,7 +140,8 @@ class EncodedPrompt:
                 "has no rows to take gradients of; use another model."
             )
         self._clip, self._prompt = clip, prompt
-        self.conditioning = encode(clip, prompt)
+        with counted_images(encoder) as self._images:
+            self.conditioning = encode(clip, prompt) if conditioning is None else conditioning
         streams = clip.tokenize(prompt, return_word_ids=True)
         # Names of encoders. The rows of a group follow those of the group before; those within one are side by side.
         self._groups = _groups(encoder, streams)
@@ -141,13 +150,18 @@ class EncodedPrompt:
         probes = [self._tokenize(probe) for probe in _PROBES]
         self._templates = {name: _template(self._places[name], *(p[name] for p in probes)) for name in self._widths}
 
-        lengths = [min(sum(map(len, streams[name])) for name in names) for names in self._groups]
+        lengths = [min(_length(streams[name], self._images) for name in names) for names in self._groups]
         rows, first = self.conditioning[0][0].shape[1], self._templates[self._groups[0][0]].row
         # An encoder that drops a chat template returns fewer rows than tokens. What it drops beyond those before the
         # prompt comes after it. Rows that an encoder appends move none of the others.
         dropped = max(0, sum(lengths) - rows)
-        dropped = dropped if first is None else min(dropped, first)
-        self._starts = [sum(lengths[:group]) - dropped for group in range(len(lengths))]
+        if self._images and isinstance(clip, ImageClip):
+            # Of the rows before the prompt, those of its images stay. A text alone tells what is dropped after it.
+            before = max(0, dropped - EncodedPrompt(clip.plain, _PROBES[0])._dropped_after)
+        else:
+            before = dropped if first is None else min(dropped, first)
+        self._dropped_after: int = dropped - before
+        self._starts = [sum(lengths[:group]) - before for group in range(len(lengths))]
         self._stops = [min(rows, start + length) for start, length in zip(self._starts, lengths, strict=True)]
         self.tokens = [token for group in range(len(lengths)) for token in self._read(group)]
 
@@ -240,7 +254,7 @@ class EncodedPrompt:
 
     def _tokenize(self, prompt: str) -> dict[str, list[_Place]]:
         streams = self._clip.tokenize(prompt, return_word_ids=True)
-        return {name: list(_places(streams[name], width)) for name, width in self._widths.items()}
+        return {name: list(_places(streams[name], width, self._images)) for name, width in self._widths.items()}
 
     def _rows(self, group: int, places: Iterable[_Place]) -> list[int]:
         """The rows in the conditioning of those tokens that have one."""
@@ -288,20 +302,29 @@ def _width(encoder: Any, name: str) -> int | None:
     return embeddings().weight.shape[-1] if embeddings else None
 
 
-def _places(chunks: Any, width: int | None) -> Iterator[_Place]:
+def _length(chunks: Any, images: Sequence[int]) -> int:
+    """How many rows tokens have of which some are images with a number of rows each."""
+    tokens = [token for chunk in chunks for token, *_ in chunk]
+    count = sum(isinstance(token, dict) for token in tokens)
+    return len(tokens) - count + sum(images[:count])
+
+
+def _places(chunks: Any, width: int | None, images: Sequence[int]) -> Iterator[_Place]:
     """All tokens but the start, end and padding ones."""
-    start = 0
+    start, counts = 0, iter(images)
     for number, chunk in enumerate(chunks):
-        left_out = 0
+        more = left_out = 0
         # Some tokenizers leave out the words' numbers.
         for index, (token, _, *word) in enumerate(chunk):
-            vector = not isinstance(token, numbers.Integral)
+            picture = isinstance(token, dict)
+            vector = not picture and not isinstance(token, numbers.Integral)
             # The host leaves out vectors of textual inversions made for encoders of another width, and pads the chunk.
             wide = vector and width not in (None, token.shape[-1])
             if word != [0]:
-                yield _Place(token, number, index, None if wide else start + index - left_out)
+                yield _Place(token, number, index, None if wide else start + index + more - left_out)
+            more += next(counts, 1) - 1 if picture else 0
             left_out += wide
-        start += len(chunk)
+        start += len(chunk) + more
 
 
 def _keys(places: Sequence[_Place]) -> list[Hashable]:

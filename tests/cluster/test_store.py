@@ -105,3 +105,14 @@ def test_a_terminal_gets_a_bar_and_a_line_a_worker() -> None:
     progress.show(1.0, COUNTS, (0, 1), None, {})
     # The block before is drawn over.
     assert f"\033[{len(lines)}A\033[J" in stream.getvalue()
+
+
+def test_a_total_that_is_not_known_yet_gives_no_share() -> None:
+    stream = io.StringIO()
+    progress = Progress(stream)
+    progress.show(0, [("images", 128, 192), ("gradients", 0, 0)], (0, 1), None, {})
+    progress.show(60, [("images", 192, 192), ("gradients", 48, 768)], (0, 1), 30, {})
+    assert stream.getvalue().splitlines() == [
+        "   ?  128 of 192 images, 0 of ? gradients; ? left",
+        " 25%  192 of 192 images, 48 of 768 gradients; 30 s left",
+    ]

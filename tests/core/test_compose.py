@@ -59,7 +59,7 @@ def test_reach_and_densities_stay_with_their_directions() -> None:
 
 @pytest.mark.parametrize("name", ["natural_std", "densities"])
 def test_numbers_are_one_a_direction_or_none(name: str) -> None:
-    with pytest.raises(ElrondError, match=f"4 directions need as many numbers of {name}, or none"):
+    with pytest.raises(ElrondError, match=f"4 directions need as many entries of {name}, or none"):
         replace(directions(), **{name: (0.5,)})
 
 

@@ -98,6 +98,78 @@ def test_what_is_not_known_of_directions_is_not_known_afterwards(tmp_path: Path)
     same(unknown, files.load_directions(tmp_path / "d"))
 
 
+INTERVAL = ((-0.8, 1.5), (0.0, 0.0), (-2.0, 0.0), (0.0, 0.25))
+STOPS = ((-0.75, 0.0, 1.5), (), (-2.0, -1.5, 0.0, 0.0, 0.0), (0.0, 0.0, 0.25))
+
+
+def test_calibrations_round_trip(tmp_path: Path) -> None:
+    """Some directions may have none, and some no usable strength on one side."""
+    some = replace(directions(), intervals=INTERVAL, stops=STOPS)
+    files.save_directions(some, tmp_path / "d")
+    same(some, files.load_directions(tmp_path / "d"))
+    with safetensors.safe_open(tmp_path / "d", "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["interval"]) == [list(ends) for ends in INTERVAL]
+    assert json.loads(metadata["stops"]) == [list(row) for row in STOPS]
+    # JavaScript writes 1.0 as 1.
+    rewritten(tmp_path / "d", interval="[[-1, 1], [0, 0], [0, 0], [0, 0]]", stops="[[-1, 0, 1], [], [], []]")
+    found = files.load_directions(tmp_path / "d")
+    assert found.stops[0] == (-1.0, 0.0, 1.0) and all(type(stop) is float for stop in found.stops[0])
+
+
+def test_directions_that_are_not_calibrated_are_written_as_before(tmp_path: Path) -> None:
+    files.save_directions(directions(), tmp_path / "d")
+    with safetensors.safe_open(tmp_path / "d", "pt") as file:
+        assert not {"interval", "stops"} & set(file.metadata())
+    rewritten(tmp_path / "d", interval="[]", stops="[]")
+    same(directions(), files.load_directions(tmp_path / "d"))
+
+
+ENDS = "[[-1, 1], [0, 0], [0, 0], [0, 0]]"
+
+
+@pytest.mark.parametrize(
+    ("interval", "stops"),
+    [
+        (ENDS, None),
+        (None, "[[-1, 0, 1], [], [], []]"),
+        (ENDS, "[[-1, 0, 1], [], []]"),
+        (ENDS, "[[-1, 0, 1], [], [], [], []]"),
+        (ENDS, "{}"),
+        (ENDS, "[[-1, 0, 1], [], [], 5]"),
+        (ENDS, "[[-1, 0, 1], [], [], null]"),
+        ("[[-1, 1], 0, [0, 0], [0, 0]]", "[[-1, 0, 1], [], [], []]"),
+        ("[[-1, 1, 2], [0, 0], [0, 0], [0, 0]]", "[[-1, 0, 1], [], [], []]"),
+        ("[[-1, 1], [0, 1], [0, 0], [0, 0]]", "[[-1, 0, 1], [], [], []]"),
+        ("[[-1, 0.5], [0, 0], [0, 0], [0, 0]]", "[[-1, 0, 1], [], [], []]"),
+        ("[[-0.5, 1], [0, 0], [0, 0], [0, 0]]", "[[-1, 0, 1], [], [], []]"),
+        (ENDS, "[[0], [], [], []]"),
+        (ENDS, "[[-1, 0, 0.5, 1], [], [], []]"),
+        (ENDS, "[[-1, 0.5, 1], [], [], []]"),
+        (ENDS, "[[0, -1, 0, 1, 0], [], [], []]"),
+        (ENDS, "[[-1, 0, NaN], [], [], []]"),
+        (ENDS, "[[-1, 0, true], [], [], []]"),
+        (ENDS, '[[-1, 0, "1"], [], [], []]'),
+        ("[[-1, 1e9], [0, 0], [0, 0], [0, 0]]", "[[-1, 0, 1e9], [], [], []]"),
+        (ENDS, f"[{[0] * 203}, [], [], []]"),
+    ],
+)
+def test_calibrations_that_are_none(interval: str | None, stops: str | None, tmp_path: Path) -> None:
+    rewritten(tmp_path / "d", interval=interval, stops=stops)
+    with pytest.raises(
+        ElrondError, match=r"^d has an interval or stops that are no calibration of its 4 directions\.$"
+    ):
+        files.load_directions(tmp_path / "d")
+
+
+@pytest.mark.parametrize("stops", [(-1.0, 0.0, float("nan")), (-1.0, 0.0, float("inf")), (1.0, 0.0, -1.0), (0.0, 0.0)])
+def test_calibrations_that_are_not_written(stops: tuple[float, ...], tmp_path: Path) -> None:
+    bad = replace(directions(), intervals=((-1.0, 1.0), *INTERVAL[1:]), stops=(stops, *STOPS[1:]))
+    with pytest.raises(ElrondError, match=r"^Nothing was written: d .*no calibration"):
+        files.save_directions(bad, tmp_path / "d")
+    assert not names(tmp_path)
+
+
 def test_gradients_round_trip(tmp_path: Path) -> None:
     files.save_gradients(gradients(), tmp_path / "g")
     same(gradients(), files.load_gradients(tmp_path / "g"))

@@ -10,6 +10,7 @@ import torch
 from elrond_core.directions import Directions
 from elrond_core.errors import ElrondError
 from elrond_core.provenance import Provenance
+from elrond_core.steering.apply import acting_together
 from elrond_core.steering.draws import Draw, change_of, check_share, draw_steps, parts_of
 
 
@@ -116,6 +117,27 @@ def test_steps_that_cannot_be_drawn(settings: dict, sentence: str) -> None:
         drawn(directions([0.0, -1.0]), 3, weighting="score")
     with pytest.raises(ElrondError, match="No direction of this set has a positive firing density"):
         drawn(replace(directions([1.0, 1.0]), densities=(0.0, 0.0)), 3, weighting="density")
+
+
+@pytest.mark.parametrize("settings", [{"mix": 2}, {"method": "spread"}, {"method": "natural"}, {"weighting": "score"}])
+def test_steps_of_one_length(settings: dict) -> None:
+    """The length is that of the sum, whatever the angles between the directions; directions and signs stay."""
+    slanted = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.5, 2.0]]), dim=1)
+    set_ = replace(directions([3.0, 2.0, 1.0]), vectors=slanted[:, None], natural_std=(3.0, 1.0, 0.5))
+    free = drawn(set_, 40, lowest=0.2, highest=0.9, **settings)
+    fixed = drawn(set_, 40, lowest=0.2, highest=0.9, total=0.6, **settings)
+    assert free.norm(dim=1).std() > 0.05
+    torch.testing.assert_close(fixed, 0.6 * torch.nn.functional.normalize(free, dim=1))
+    for bad in (-0.5, float("inf")):
+        with pytest.raises(ElrondError, match="finite and at least 0"):
+            drawn(set_, 2, total=bad, **settings)
+
+
+def test_parts_of_the_sampling_in_which_the_same_steps_act() -> None:
+    assert acting_together([(0.2, 0.8)]) == [(0.2, 0.8, (0,))]
+    assert acting_together([(0.5, 1.0), (0.0, 1.0)]) == [(0.0, 0.5, (1,)), (0.5, 1.0, (0, 1))]
+    assert acting_together([(0.0, 0.2), (0.8, 1.0)]) == [(0.0, 0.2, (0,)), (0.8, 1.0, (1,))]
+    assert acting_together([]) == []
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.5, 0.5), (0.7, 0.2), (-0.1, 1.0), (0.0, 1.1)])

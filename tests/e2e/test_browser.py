@@ -32,7 +32,7 @@ def test_the_pack_loads_without_a_console_error(page: Any) -> None:
 def test_every_workflow_opens_as_it_is_shipped(page: Any, name: str) -> None:
     """No node is missing, and what the frontend would send is the graph in the API format."""
     before = len(page.said)
-    workflow = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    workflow = json.loads((ROOT / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))
     page.evaluate("async (graph) => await window.app.loadGraphData(graph, true, true, 'opened')", workflow)
     page.wait_for_timeout(500)
     page.keyboard.press("Escape")
@@ -131,7 +131,7 @@ def test_randomise_moves_what_is_on_and_stays_in_its_range(page: Any, stored: st
 
 def test_a_slider_may_have_ends_of_its_own(page: Any, stored: str) -> None:
     show(page, stored)
-    page.get_by_label("Ends of the slider of direction 1").press("Enter")
+    page.get_by_label("Ends of the slider, and start and end, of direction 1").press("Enter")
     for end, value in (("Highest", "3"), ("Lowest", "2")):
         field = page.get_by_label(f"{end} strength of direction 1", exact=True)
         field.fill(value)
@@ -197,7 +197,7 @@ def test_an_answer_that_is_no_json_is_one_sentence(page: Any, stored: str) -> No
 
 def test_an_image_dropped_onto_the_canvas_makes_its_batch_again(page: Any, server: Server) -> None:
     """The workflow that the frontend saves in an image is enough, whatever was open before."""
-    workflow = json.loads((ROOT / "workflows" / "diversify.json").read_text(encoding="utf-8"))
+    workflow = json.loads((ROOT / "example_workflows" / "diversify.json").read_text(encoding="utf-8"))
     page.evaluate("async (graph) => await window.app.loadGraphData(graph, true, true, 'first')", workflow)
     diversified = str(next(n["id"] for n in workflow["nodes"] if n.get("title") == "Student, diversified"))
     first = run(page, server, diversified)
@@ -279,7 +279,7 @@ def test_the_panel_can_be_read(server: Server, browser: Any, stored: str, theme:
     thumbnail.scroll_into_view_if_needed()
     page.wait_for_function("(image) => image.naturalWidth > 0", arg=thumbnail.element_handle())
     page.get_by_label("Use direction 0", exact=True).check()
-    page.get_by_label("Ends of the slider of direction 0", exact=True).click()
+    page.get_by_label("Ends of the slider, and start and end, of direction 0", exact=True).click()
     page.wait_for_timeout(500)
     shot(page, f"panel-{theme}")
     pairs = page.evaluate(

@@ -118,7 +118,7 @@ def test_nothing_in_a_name_becomes_an_element_or_runs(page: Any) -> None:
     page.locator('.elrond-star[aria-pressed="true"]').nth(1).wait_for()
     page.wait_for_timeout(500)
     tags = page.evaluate("() => [...document.querySelectorAll('.elrond-panel li *')].map((e) => e.localName)")
-    assert set(tags) == {"img", "div", "button", "input", "span"}
+    assert set(tags) == {"img", "div", "button", "input", "span", "datalist"}
     sources = page.evaluate(
         "() => [...document.querySelectorAll('.elrond-panel img')].map((e) => e.getAttribute('src'))"
     )

@@ -229,7 +229,7 @@ def test_nodes_2_keep_a_long_list_short(nodes_2: Any, server: Server) -> None:
 
 def test_nodes_2_do_not_overlap_in_the_workflows(nodes_2: Any) -> None:
     page = nodes_2
-    for path in sorted((ROOT / "workflows").glob("*.json")):
+    for path in sorted((ROOT / "example_workflows").glob("*.json")):
         workflow = json.loads(path.read_text(encoding="utf-8"))
         page.evaluate("async (graph) => await window.app.loadGraphData(graph, true, true, 'opened')", workflow)
         page.wait_for_function(

@@ -53,6 +53,7 @@ class Family:
         needs: a class, as "module:name", that a host which knows this family has beside `config`.
         hosts: versions of ComfyUI, of those in `HOSTS`, that have the family.
         centred: how names of weights end that multiply by one more than themselves.
+        curved: whether finite differences need short steps, and so double precision.
         smaller: makes parts small while the model is built whose size no configuration sets.
     """
 
@@ -67,6 +68,7 @@ class Family:
     needs: str = ""
     hosts: tuple[str, ...] = HOSTS
     centred: tuple[str, ...] = ()
+    curved: bool = False
     smaller: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
     def exists(self) -> bool:
@@ -656,6 +658,7 @@ KNOWN = (
         (16, 1, 8, 8),
         hosts=("0.33.0",),
         centred=(".scale",),
+        curved=True,
     ),
     Family(
         "Lens",

@@ -434,6 +434,32 @@ def test_what_the_panel_is_told_and_changes(nodes: dict[str, Any], shipped: Dire
         routes.thumbnail("../../../secret")
 
 
+@pytest.mark.parametrize("label", ["👩‍🚀 astronaut", "❤️‍🔥", "می‌خواهم", "ක්‍ෂ"])
+def test_names_may_be_joined(nodes: dict[str, Any], shipped: Directions, label: str) -> None:
+    """Emoji and scripts that need a joiner."""
+    nodes["ElrondSaveDirections"].execute(shipped, "joined", True)
+    routes.change("joined", 0, label, None)
+    assert routes.describe("joined")["directions"][0]["label"] == label
+
+
+@pytest.mark.parametrize("label", ["\u200d", "a \u200db", "a\u200d\u200db", "\u202egpj", "a\u2066b"])
+def test_names_that_cannot_be_seen_are_refused(nodes: dict[str, Any], shipped: Directions, label: str) -> None:
+    nodes["ElrondSaveDirections"].execute(shipped, "joined", True)
+    with pytest.raises(ElrondError, match="joiners may stand behind others"):
+        routes.change("joined", 0, label, None)
+
+
+def test_the_length_of_a_step_is_that_of_its_sum(nodes: dict[str, Any], shipped: Directions) -> None:
+    nodes["ElrondSaveDirections"].execute(shipped, "long", True)
+    expected = float((0.5 * shipped.vectors[0] - 0.25 * shipped.vectors[1]).norm())
+    assert routes.length("long", "0: 0.5, 1: -0.25 @ 0-0.5") == pytest.approx(expected)
+    assert routes.length("long", "0: -0.5") == pytest.approx(0.5)
+    assert routes.length("long", "") == 0
+    for text, sentence in (("99: 1", "no direction 99"), ("red", "'red' is not a direction")):
+        with pytest.raises(ElrondError, match=sentence):
+            routes.length("long", text)
+
+
 def test_a_shipped_file_is_copied_before_it_is_changed(nodes: dict[str, Any]) -> None:
     before = SHIPPED.read_bytes()
     routes.change("demo thing", 0, "mine", None)

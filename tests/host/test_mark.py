@@ -139,7 +139,7 @@ ENCODER_NODES = [
 
 
 @pytest.mark.parametrize(
-    ("family", "node", "module", "texts"), ENCODER_NODES, ids=[node for _, node, *_ in ENCODER_NODES]
+    ("family", "node", "module", "texts"), ENCODER_NODES, ids=["-".join(case[:2]) for case in ENCODER_NODES]
 )
 def test_the_hosts_encoders(
     family: str,  # noqa: F811
@@ -495,6 +495,44 @@ def test_what_can_be_seen_to_be_wrong(concept: str, text: str, sentence: str) ->
         marked(load("SD1"), stock(load("SD1"), PROMPT), concept, text)
     with pytest.raises(ElrondError, match="2 times, so occurrence 3"):
         marked(load("SD1"), stock(load("SD1"), PROMPT), "dog", "a dog, a dog", 3)
+
+
+@pytest.mark.parametrize(
+    ("written", "concept", "text"),
+    [
+        ("a [dog] in the park", "", "a [dog] in the park"),
+        ("a [dog] in the park", "dog", "a dog in the park"),
+        ("a big [dog]s, a ([red cat]:1.2)", "", "a big [dog]s, a ([red cat]:1.2)"),
+        ("a [dog] in the park", "", "a [cat]\na [dog] in the park"),
+    ],
+)
+def test_a_text_that_was_encoded_with_its_brackets(clip: Any, written: str, concept: str, text: str) -> None:
+    with pytest.raises(ElrondError, match=r"encoded with its brackets, as 'a .*\[dog\].*': take the brackets out"):
+        marked(clip, stock(clip, written), concept, text)
+    # By its name it is found between the brackets.
+    found = rows(marked(clip, stock(clip, "a [dog] in the park"), "dog", "a [dog] in the park"))
+    assert found == rows(EncodeConcept.execute(clip, "a [dog] in the park", "dog", 1).args[0])
+
+
+def test_brackets_of_one_of_several_entries_are_named() -> None:
+    clip = load("SD1")
+    both = [*stock(clip, "a [dog]"), *stock(clip, "a red cat")]
+    found, report = MarkConcept.execute(both, clip, "", "a [dog]\na red [cat]", 1).args
+    assert rows(found, 1) == [("cat", (3,))] and host.MARK not in found[0][1]
+    assert "entry 1 is not marked. The text was encoded with its brackets, as 'a [dog]'" in report
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"concept": 5}, "The concept must be a text, not 5."),
+        ({"text": ["a dog"]}, "The text must be a text, not ['a dog']."),
+        ({"occurrence": "first"}, "The occurrence must be a whole number from 1 on, not 'first'."),
+        ({"occurrence": 0}, "The occurrence must be a whole number from 1 on, not 0."),
+    ],
+)
+def test_values_of_another_type_are_refused(values: dict[str, Any], sentence: str) -> None:
+    assert MarkConcept.validate_inputs(**{"concept": "dog", "text": PROMPT, "occurrence": 1, **values}) == sentence
 
 
 def test_values_that_are_not_known_yet_are_not_refused() -> None:

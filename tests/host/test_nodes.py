@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 from dataclasses import replace
@@ -199,6 +200,52 @@ def test_prompts_with_regions_of_their_own_are_diversified_one_by_one(
     assert (found - estimate(beside(ball, box))).abs().amax((1, 2, 3)).min() > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("how", "mix", "unit"), [("random", 3, "token norms"), ("spread", 1, "absolute"), ("natural", 1, "token norms")]
+)
+def test_a_batch_may_have_steps_of_one_length(
+    nodes: dict[str, Any], teacher: SimpleNamespace, how: str, mix: int, unit: str
+) -> None:
+    """In the unit that is chosen, along directions that are aslant of each other."""
+    slanted = torch.nn.functional.normalize(directions().vectors + 0.5 * directions().vectors[:1], dim=2)
+    known = replace(directions(), vectors=slanted, natural_std=(3.0, 2.0, 1.0))
+    run = nodes["ElrondDiversify"].execute
+    settings = (teacher.positive, known, 6, 5, 0.3, 0.6, unit, mix, 0, True, 0.0, 1.0, "", how)
+    drawn, fixed = (run(*settings, total=total).args[0][0][0] for total in (0.0, 0.7))
+    row = teacher.positive[0][1]["elrond"].concepts[0].rows[0]
+    still = teacher.positive[0][0][0, row]
+    lengths = (fixed[:, row] - still).norm(dim=1)
+    expected = 0.7 * (still.norm() if unit == "token norms" else 1.0)
+    torch.testing.assert_close(
+        lengths, expected.expand(6) if how != "spread" else torch.full((6,), 0.7), rtol=1e-3, atol=0
+    )
+    # The same directions as without: only the length is another.
+    cosines = torch.cosine_similarity(fixed[:, row] - still, drawn[:, row] - still)
+    torch.testing.assert_close(cosines, torch.ones(6), rtol=1e-4, atol=0)
+
+
+def test_the_panel_is_sent_what_every_image_got(
+    nodes: dict[str, Any], teacher: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = replace(directions(), names=("", "round", ""))
+    out = nodes["ElrondDiversify"].execute(
+        teacher.positive, known, 3, 5, 0.3, 0.6, "absolute", 2, 0, True, 0.0, 1.0, ""
+    )
+    lines = [line.partition(": strengths ")[2] for line in out.args[1].splitlines()]
+    assert [line.split(" in ")[0] for line in lines] == out.ui["elrond_strengths"]
+    assert out.ui["elrond_unit"] == ["absolute"]
+    for strengths, summary in zip(out.ui["elrond_strengths"], out.ui["elrond_summaries"], strict=True):
+        largest = strengths.partition(":")[0]
+        assert summary.startswith({"1": "round "}.get(largest, f"direction {largest} "))
+    monkeypatch.setattr(
+        sys.modules[nodes["ElrondDiversify"].__module__], "_MOST_SENT", sum(map(len, out.ui["elrond_strengths"][:2]))
+    )
+    few = nodes["ElrondDiversify"].execute(
+        teacher.positive, known, 3, 5, 0.3, 0.6, "absolute", 2, 0, True, 0.0, 1.0, ""
+    )
+    assert few.ui["elrond_strengths"] == out.ui["elrond_strengths"][:2] and len(few.ui["elrond_summaries"]) == 2
+
+
 @pytest.mark.parametrize(("how", "mix"), [("random", 1), ("random", 2), ("spread", 1), ("natural", 1)])
 def test_the_report_makes_an_image_of_a_batch_again(
     nodes: dict[str, Any], teacher: SimpleNamespace, how: str, mix: int
@@ -307,3 +354,38 @@ def test_the_vae_gives_back_what_it_took(teacher: SimpleNamespace) -> None:
     assert torch.equal(seen.factors["shape"], factors["shape"])
     for name in ("hue", "size", "x", "y", "background"):
         assert (seen.factors[name] - factors[name]).abs().max() < 0.06, name
+
+
+@pytest.mark.parametrize("wrong", [[1], {"a": 1}, 3.5, "text", True], ids=repr)
+def test_values_of_another_type_are_no_errors_of_python(nodes: dict[str, Any], wrong: Any) -> None:
+    checked = 0
+    for node_id, node in nodes.items():
+        schema = node.define_schema()
+        usual = {entry.id: getattr(entry, "default", None) for entry in schema.inputs}
+        names = [name for name in inspect.signature(node.validate_inputs).parameters if name in usual]
+        for changed in ([name] for name in names):
+            values = {name: wrong if name in changed else usual[name] for name in names}
+            answer = node.validate_inputs(**values)
+            assert answer is True or (isinstance(answer, str) and answer), (node_id, changed)
+            checked += 1
+        assert not names or node.validate_inputs(**dict.fromkeys(names, wrong)) is not None
+    assert checked > 40
+
+
+def test_a_new_diversify_works_with_any_directions(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
+    """Natural steps where they are known, else steps that lie evenly apart, and the report says so."""
+    node = nodes["ElrondDiversify"]
+    usual = {entry.id: entry.default for entry in node.define_schema().inputs if hasattr(entry, "default")}
+    usual = {name: value for name, value in usual.items() if value is not None} | {"count": 8, "seed": 1}
+    known = replace(directions(), natural_std=(0.3, 0.2, 0.1))
+
+    def report(given: Directions, **changes: Any) -> list[str]:
+        return node.execute(teacher.positive, given, **{**usual, **changes}).args[1].splitlines()
+
+    assert len(report(known)) == 8 and all("in absolute" in line for line in report(known))
+    *lines, note = report(directions())
+    assert lines == report(directions(), how="spread", lowest=0.3, highest=0.6)
+    assert note.startswith("How far the model varies along these directions is not known") and "0.3 to 0.6 long" in note
+    # A unit that natural steps did not use does not make the others tiny.
+    assert report(directions(), unit="absolute") == [*lines, note]
+    assert "0.5 long" in report(directions(), total=0.5)[-1]

@@ -77,6 +77,12 @@ def differs(found: torch.Tensor, other: torch.Tensor) -> bool:
     return float((found - other).abs().max()) > 1e-3
 
 
+def latents_after(teacher: SimpleNamespace, positive: Any, steps: int) -> torch.Tensor:
+    """Noisy latents after the first of `STEPS` steps."""
+    noise = torch.randn(2, 24, 8, 8, generator=torch.Generator().manual_seed(1))
+    return sample(teacher.model, positive, noise, STEPS, 0, steps)
+
+
 def pair(positive: Any, run: Callable[..., Any], *args: Any) -> Any:
     return run(positive, positive, *args)[0]
 
@@ -112,6 +118,38 @@ PARTS: dict[str, dict[str, Any]] = {
     "mask": {"mask": LEFT},
     "end and mask": {"end": 0.5, "mask": 0.8 * LEFT},
 }
+
+
+def test_every_direction_acts_in_its_own_part(
+    nodes: dict[str, Any], teacher: SimpleNamespace, shipped: Directions
+) -> None:
+    """What has not started yet, or has ended, changes no bit of the latents."""
+
+    def steered(strengths: str, positive: Any = teacher.positive, mask: Any = None, start: float = 0.0) -> Any:
+        node = nodes["ElrondApplyDirection"]
+        out = node.execute(positive, shipped, 0, 9.0, "token norms", start, 1.0, "", strengths, mask)
+        return out.args[0]
+
+    late, none = steered("1: 0.7 @ 0.5-1"), teacher.positive
+    half = STEPS // 2
+    assert torch.equal(latents_after(teacher, late, half), latents_after(teacher, none, half))
+    assert differs(images(teacher, late), images(teacher, none))
+    both, first = steered("0: 0.4, 1: 0.7 @ 0.5-1"), steered("0: 0.4")
+    assert torch.equal(latents_after(teacher, both, half), latents_after(teacher, first, half))
+    assert differs(images(teacher, both), images(teacher, first))
+    # A list of parts is the chain of nodes with these starts and ends, under a mask too.
+    chained = steered("1: -0.5 @ 0.25-0.75", steered("0: 0.4", start=0.5))
+    check(images(teacher, steered("0: 0.4, 1: -0.5 @ 0.25-0.75", start=0.5)), images(teacher, chained))
+    masked = steered("1: -0.5 @ 0.25-0.75", steered("0: 0.4 @ 0-0.5", mask=LEFT), LEFT)
+    check(images(teacher, steered("0: 0.4 @ 0-0.5, 1: -0.5 @ 0.25-0.75", mask=LEFT)), images(teacher, masked))
+    # Between two parts the prompt is as it was: it asks the model once a step.
+    gap = steered("0: 0.4 @ 0-0.25, 1: 0.4 @ 0.75-1")
+    assert [(o.get("start_percent", 0) > 0, o.get("end_percent", 1) < 1) for _, o in gap] == [
+        (False, True),
+        (True, True),
+        (True, False),
+    ]
+    assert torch.equal(gap[1][0], teacher.positive[0][0])
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -194,7 +194,7 @@ def test_no_request_is_a_fault_of_the_server(folder: Path) -> None:
     asked = [
         ("GET", f"/elrond/{kind}", {})
         for name in NAMES
-        for kind in (f"directions?name={name}", f"thumbnail?digest={name}")
+        for kind in (f"directions?name={name}", f"length?name={name}&strengths=0:1", f"thumbnail?digest={name}")
     ]
     for request, (status, answer) in zip([*BODIES, *asked], answers(*BODIES, *asked), strict=True):
         assert status in (400, 404), (request[1][:80], status)
@@ -204,6 +204,23 @@ def test_no_request_is_a_fault_of_the_server(folder: Path) -> None:
         posted(star()), posted(json.dumps(star()).encode(), "application/json; charset=x")
     )
     assert status == again == 200 and answer["directions"][0]["star"] is True
+
+
+def test_what_is_not_there_is_told_by_the_kind_of_error(folder: Path) -> None:
+    """And not by words of the message, which repeats what was asked."""
+    save_directions(directions(), folder / "mine.safetensors")
+    found = answers(
+        ("GET", "/elrond/directions?name=There%20is%20no%20<", {}),
+        ("GET", "/elrond/length?name=mine&strengths=There%20is%20no", {}),
+        ("GET", "/elrond/directions?name=other", {}),
+        ("GET", "/elrond/length?name=mine&strengths=99:%201", {}),
+        posted(star(index=99)),
+        posted(star("other")),
+        ("GET", "/elrond/length?name=mine&strengths=0:%20-0.5", {}),
+    )
+    assert [status for status, _ in found] == [400, 400, 404, 404, 404, 404, 200]
+    assert all("There is no" in answer["error"] for _, answer in found[:-1])
+    assert found[-1][1] == {"length": pytest.approx(0.5)}
 
 
 def test_a_thumbnail_that_may_not_be_read_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

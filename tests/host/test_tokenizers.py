@@ -206,11 +206,11 @@ def _lens(family: str) -> Encoder:
 
 
 def _newer(
-    module: str, tokenizer: str, sizes: dict[str, Any], model: str = "te", **data: Any
+    module: str, tokenizer: str, sizes: dict[str, Any], model: str = "te", family: str = "", **data: Any
 ) -> Callable[[str], Encoder]:
-    def made(family: str) -> Encoder:
+    def made(name: str) -> Encoder:
         found = importlib.import_module(f"comfy.text_encoders.{module}")
-        return Encoder(family, getattr(found, tokenizer), getattr(found, model)(), sizes, data)
+        return Encoder(family or name, getattr(found, tokenizer), getattr(found, model)(), sizes, data)
 
     return made
 
@@ -227,8 +227,13 @@ NEWER: dict[str, Callable[[str], Encoder]] = {
     "Boogu": _newer("boogu", "BooguTokenizer", {"qwen3vl_8b": llama(151936)}),
     "JoyImage": _newer("joyimage", "JoyImageTokenizer", {"qwen3vl_8b": llama(151936)}),
     "Krea2": _newer("krea2", "Krea2Tokenizer", {"qwen3vl_4b": qwen3(36)}),
-    "PixelDiTTE": _newer(
-        "pixeldit", "PixelDiTGemma2Tokenizer", {"gemma2_2b": llama(50304)}, "pixeldit_te", spiece_model=SPIECE
+    "PixelDiT": _newer(
+        "pixeldit",
+        "PixelDiTGemma2Tokenizer",
+        {"gemma2_2b": llama(50304)},
+        "pixeldit_te",
+        "PixelDiT",
+        spiece_model=SPIECE,
     ),
     "Lens": _lens,
 }
@@ -240,7 +245,7 @@ for _name, _make in NEWER.items():
         continue
 CHATTY = (
     *("ZImage", "QwenImage", "HunyuanImage", "Omnigen2", "HunyuanVideo"),
-    *(name for name in NEWER if name not in ("Anima", "PixelDiTTE")),
+    *(name for name in NEWER if name not in ("Anima", "PixelDiT")),
 )
 
 
@@ -321,7 +326,15 @@ def _tells_words_apart(family: str) -> bool:
 
 
 def test_encoders_are_named_after_their_families() -> None:
-    assert [host.family_of(load(family)) for family in ENCODERS] == list(ENCODERS)
+    assert [host.family_of(load(name)) for name in ENCODERS] == [encoder.family for encoder in ENCODERS.values()]
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("SDXLClipModel", "SDXL"), ("FluxTEModel_", "Flux"), ("PixelDiTTE_", "PixelDiT"), ("HiDreamO1TE", "HiDreamO1")],
+)
+def test_what_hosts_add_to_a_familys_name_is_left_out(name: str, family: str) -> None:
+    assert host.family_of(SimpleNamespace(cond_stage_model=type(name, (), {})())) == family
 
 
 @pytest.mark.parametrize("text", ["a photo of a {} in the park", "{}", "two cars, a {}."])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from comfyui_elrond.elrond_core.errors import ElrondError
-from comfyui_elrond.nodes.widget_text import ANY_COUNT, indices_of, numbers_of, strengths_of, words_of
+from comfyui_elrond.nodes.widget_text import ANY_COUNT, indices_of, numbers_of, strengths_of, windows_of, words_of
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,23 @@ def test_numbers_and_strengths() -> None:
     for text, sentence in (("0.5", "is not a direction and its strength"), ("1: 2, 1: 3", "listed twice")):
         with pytest.raises(ElrondError, match=sentence):
             strengths_of(text)
+
+
+def test_a_direction_may_have_a_part_of_the_sampling_of_its_own() -> None:
+    text = "0: 0.5 @ 0-0.4, 3=-2e-1@.25 - 1; 7: +1"
+    assert strengths_of(text) == {0: 0.5, 3: -0.2, 7: 1.0}
+    assert windows_of(text) == {0: (0.0, 0.4), 3: (0.25, 1.0)}
+    assert windows_of("") == windows_of("0: 0.5, 3: -0.2") == {}
+    for bad, sentence in (
+        ("0: 1 @ 0.5-0.5", "must start before it ends, between 0 and 1, not from 0.5 to 0.5"),
+        ("0: 1 @ 0-2", "not from 0.0 to 2.0"),
+        ("0: 1 @ 0.5", "is not a direction and its strength"),
+        ("0: 1 0-0.5", "is not a direction and its strength"),
+        ("0: 1 @ -1-0.5", "is not a direction and its strength"),
+    ):
+        for read in (strengths_of, windows_of):
+            with pytest.raises(ElrondError, match=sentence):
+                read(bad)
 
 
 def test_lists_of_words() -> None:

@@ -202,7 +202,7 @@ def table(kept: dict[str, Any]) -> str:
     for version, of in kept["packages"].items():
         lines.append(f"| {version} | {of['comfyui']} | {of['templates_total']} | {of['templates_usable']} |")
     first = kept["packages"][next(iter(HOST_OF))]
-    lines += ["", "| why not | templates |", "| --- | --- |"]
+    lines += ["", f"| why not, in {next(iter(HOST_OF))} | templates |", "| --- | --- |"]
     lines += [f"| {reason} | {', '.join(f'`{name}`' for name in names)} |" for reason, names in first["others"].items()]
     return "\n".join(lines)
 

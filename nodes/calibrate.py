@@ -43,7 +43,7 @@ class CalibrateDirections(io.ComfyNode):
             node_id="ElrondCalibrateDirections",
             display_name="Calibrate Directions (ELROND)",
             category="ELROND",
-            description="Finds how far each direction can go, and makes one strength mean the same change for all. "
+            description="Finds how far each direction can go, and places strengths of equal change between. "
             "Samples a few images along each.",
             **host.search_aliases("slider range", "strength", "normalise strengths"),
             inputs=[

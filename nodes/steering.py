@@ -43,7 +43,7 @@ from .widget_text import STRENGTH_LIMIT, strengths_of, windows_of
 
 # Characters of strengths that are sent to the browser: mixes of thousands of directions are long.
 _MOST_SENT = 2**20
-# Where natural steps are not known, steps reach this many times as many token norms as natural ones were to.
+# Without natural steps, `highest` is multiplied by this and taken in token norms.
 _FURTHER = 2.0
 # The choices of Diversify's `weights`, as saved graphs name them.
 _WEIGHTS = {"equal": EQUAL, "by score": SCORE, "by firing density": DENSITY}
@@ -276,7 +276,7 @@ class Diversify(io.ComfyNode):
         """Draw and steer."""
         note = ""
         if how == NATURAL and not directions.natural_std:
-            # Natural steps use no unit, so that a saved graph may have any.
+            # A graph saved with natural steps may hold any unit, since it was not used.
             how, highest, unit = SPREAD, _FURTHER * highest, unit if total else AUTO
             note = _unknown(lowest, highest, total)
         if how == NATURAL and not total:

@@ -8,6 +8,7 @@ from collections import Counter
 
 from ..elrond_core.errors import ElrondError
 from ..elrond_core.steering.draws import check_share
+from ..elrond_core.storage.values import STRENGTH_LIMIT
 
 # Default list of words for names of directions.
 WORDS = (
@@ -20,8 +21,6 @@ WORDS = (
 )
 # Above every index: indices have at most six digits.
 ANY_COUNT = 10**6
-# The largest strength, as the nodes' own fields have it. Far larger ones overflow half precision.
-STRENGTH_LIMIT = 1000.0
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)"
 # A direction, its strength, and the part of the sampling in which it acts if it has one of its own.
 _STRENGTH = re.compile(

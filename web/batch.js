@@ -147,7 +147,8 @@ class Batch {
       unit: this.got.unit,
       ...Object.fromEntries(SHARED.map((name) => [name, mine(name)])),
     };
-    const fed = Object.keys(values).filter((name) => values[name] !== undefined && !one(node, name));
+    // What one of the two nodes gets from elsewhere cannot be copied.
+    const fed = Object.keys(values).filter((name) => values[name] === undefined || !one(node, name));
     if (fed.includes("strengths")) return this.draw(`The strengths of ${node.title} are not its own: they are set elsewhere.`);
     for (const [name, value] of Object.entries(values)) {
       const widget = value === undefined ? null : one(node, name);

@@ -290,10 +290,15 @@ class Panel {
       entry.value = round(lowest + (highest - lowest) * Math.random());
     }
     if (!(this.kept.total > 0)) return this.write(chosen);
+    const { file } = this;
+    if (!file) return this.draw("A total needs the directions' file: connect Load Directions.");
+    const before = this.strengths.value;
     try {
-      const name = encodeURIComponent(this.file.name);
+      const name = encodeURIComponent(file.name);
       const { length } = await ask(`/elrond/length?name=${name}&strengths=${encodeURIComponent(format(chosen))}`);
       if (!length) return this.draw("These strengths add up to nothing: move the ends of the sliders.");
+      // A slider that was moved in the meantime wins.
+      if (this.strengths?.value !== before || this.file !== file) return;
       for (const entry of chosen.values()) entry.value = round((entry.value * this.kept.total) / length);
       this.write(chosen);
     } catch (error) {
@@ -434,7 +439,9 @@ class Panel {
     const window = this.window(index, on);
     parts.on.checked = on.has(index);
     parts.on.setAttribute("aria-label", `Use ${title}`);
-    Object.assign(parts.slider, { min: lowest, max: highest, step: (highest - lowest) / 200 });
+    // Stops lie on no grid.
+    const step = this.stops(index).length ? "any" : (highest - lowest) / 200;
+    Object.assign(parts.slider, { min: lowest, max: highest, step });
     parts.slider.value = value;
     this.fillStops(parts, index);
     parts.slider.setAttribute("aria-label", `Strength of ${title}`);

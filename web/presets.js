@@ -49,7 +49,10 @@ class Choice {
   }
 
   async choose(text) {
+    const asked = (this.asked = (this.asked ?? 0) + 1);
     const table = this.tables.length > 1 && !(await knowsVariety(this.node)) ? this.tables[1] : this.tables[0];
+    // The latest choice wins.
+    if (asked !== this.asked) return;
     const values = Object.entries(table[text] ?? {});
     const fed = values.map(([name]) => name).filter((name) => !onlyWidget(this.node, name));
     if (fed.length) {

@@ -16,8 +16,8 @@ from ..prompt import Span
 
 # First words of phrases that stand after a noun: "a dog in the snow", "a man made of wood".
 _AFTER_NOUNS = re.compile(
-    r"[a-z]+ing +\S|(above|against|among|at|behind|below|between|by|during|for|from|full|in|inside|like|made|near|of|"
-    r"on|outside|over|seen|that|through|under|who|with|without)\b",
+    r"[a-z]+ing +\S|(above|against|among|at|behind|below|between|by|during|for|from|full of|in|inside|like|made|near|"
+    r"of|on|outside|over|seen|that|through|under|who|with|without)\b",
     re.IGNORECASE,
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-# The largest strength, as the nodes' own fields have it.
+# The largest strength, as the nodes' own fields have it. Far larger ones overflow half precision.
 STRENGTH_LIMIT = 1000.0
 # Stops of one direction: far more than a slider shows.
 _MAX_STOPS = 201

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import comfy.model_management
+
 from ...elrond_core.errors import ElrondError
 from .upstream import HOST_NODES, ImageNode
 
@@ -51,6 +53,8 @@ class ImageClip:
             run(**{**self._inputs, self._node.clip: listener, self._node.text: text})
         except _AskedError as asked:
             return asked.tokens
+        except (comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION):
+            raise
         except Exception as error:
             raise ElrondError(f"{self._node.kind} could not be asked for its tokens: {error}.") from error
         raise ElrondError(f"{self._node.kind} encoded its text without asking the CLIP for tokens.")

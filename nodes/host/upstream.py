@@ -60,7 +60,7 @@ def image_nodes_before(hidden: Any, name: str) -> list[ImageNode]:
         sockets = {name for name, kind in kinds.items() if kind.startswith(("IMAGE", _GROWING))}
         # An input that grows has its sockets after a dot: images.image_1.
         images = {name: value for name, value in inputs.items() if is_link(value) and name.split(".")[0] in sockets}
-        if clips and texts and sockets:
+        if clips and texts and sockets and _encodes(node.get("class_type", "")):
             values = {
                 name: None if is_link(value) else value
                 for name, value in inputs.items()
@@ -68,6 +68,12 @@ def image_nodes_before(hidden: Any, name: str) -> list[ImageNode]:
             }
             out.append(ImageNode(node_id, node["class_type"], clips[0], texts[0], values, images))
     return out
+
+
+def _encodes(kind: str) -> bool:
+    """Whether a class of nodes returns a conditioning."""
+    found = HOST_NODES.NODE_CLASS_MAPPINGS.get(kind)
+    return found is not None and "CONDITIONING" in (getattr(found, "RETURN_TYPES", None) or ())
 
 
 def with_links(hidden: Any, links: dict[str, list[Any]]) -> tuple[Any, dict[str, Any]]:

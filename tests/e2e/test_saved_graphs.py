@@ -42,3 +42,5 @@ def test_the_page_sends_what_it_sent_then(page: Any, release: str, name: str) ->
         assert sent[node_id]["class_type"] == node["class_type"]
         now = sent[node_id]["inputs"]
         assert {key: now.get(key) for key in node["inputs"]} == node["inputs"], node["class_type"]
+        # Opposites were guessed then.
+        assert "pairs" in node["inputs"] or now.get("pairs", "guessed") == "guessed"

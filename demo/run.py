@@ -233,7 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where pictures and the summary go")
     parser.add_argument("--lowest", type=float, default=0.3, help="least strength of the diversified batch")
-    parser.add_argument("--highest", type=float, default=0.6, help="greatest strength of the diversified batch")
+    parser.add_argument("--highest", type=float, default=0.3, help="greatest strength of the diversified batch")
     arguments = parser.parse_args()
     began = time.monotonic()
     output: Path = arguments.output

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import random
 from collections.abc import Callable
@@ -72,30 +71,42 @@ class World:
         nouns: its nouns.
         factors: positions of images (N, H, W, 3) in the space of factors, (N, F), each factor within [0, 1].
         valid: whether each image is of the world, bool (N).
+        load: MODEL, CLIP and VAE of its teacher or student.
+        weights: the files of their weights.
+        sampling: steps, guidance, sampler and scheduler of each.
     """
 
     nouns: list[str]
     factors: Callable[[torch.Tensor], torch.Tensor]
     valid: Callable[[torch.Tensor], torch.Tensor]
+    load: Callable[[str], Any]
+    weights: list[Path]
+    sampling: dict[str, tuple[int, float, str, str]]
 
 
 def portraits() -> World:
     """The portraits.
 
     Raises:
-        SystemExit: if they cannot be measured yet.
+        SystemExit: if their models are not trained yet.
     """
-    if importlib.util.find_spec("demo.portraits.measure") is None:
-        raise SystemExit("The portraits' measures are not there yet; try --world shapes.")
+    from demo.host_model import portraits as models
     from demo.portraits import captions, measure, world
+    from demo.training.evaluate import SETTINGS
 
+    weights = [models.file_of(name) for name in ("vae", *models.PORTRAIT_MODELS)]
+    if not all(path.is_file() for path in weights):
+        raise SystemExit("The portraits' models are not trained yet: `python -m demo.train`, or try --world shapes.")
     measures = measure.load()
 
     def factors(images: torch.Tensor) -> torch.Tensor:
         seen = measures.measure(images.movedim(-1, 1))
         return _positions(seen, world.CONTINUOUS, {name: len(kinds) for name, kinds in world.CATEGORICAL.items()})
 
-    return World(list(captions.NOUNS), factors, lambda images: measures.valid(images.movedim(-1, 1)))
+    sampling = {name: (s.steps, s.cfg, s.sampler, s.scheduler) for name, s in SETTINGS.items()}
+    nouns = list(captions.NOUNS)
+    valid = lambda images: measures.valid(images.movedim(-1, 1))  # noqa: E731
+    return World(nouns, factors, valid, models.load_portraits, weights, sampling)
 
 
 def shapes() -> World:
@@ -105,7 +116,10 @@ def shapes() -> World:
     def factors(images: torch.Tensor) -> torch.Tensor:
         return _positions(world.measure(images).factors, world.CONTINUOUS, {"shape": len(world.SHAPES)})
 
-    return World(list(captions.NOUNS), factors, lambda images: world.measure(images).valid)
+    weights = [host_model.WEIGHTS / f"{name}.safetensors" for name in host_model.MODELS]
+    sampling = {name: (STEPS[name], CFG[name], "euler", "simple") for name in host_model.MODELS}
+    valid = lambda images: world.measure(images).valid  # noqa: E731
+    return World(list(captions.NOUNS), factors, valid, host_model.load, weights, sampling)
 
 
 WORLDS = {"portraits": portraits, "shapes": shapes}
@@ -129,8 +143,8 @@ class Bench:
 
     def __init__(self, world: World, name: str, folder: Path) -> None:
         self.world, self.name, self.folder = world, name, folder
-        self.model, self.clip, self.vae = host_model.load(name)
-        self.sampling = (STEPS[name], CFG[name], "euler", "simple")
+        self.model, self.clip, self.vae = world.load(name)
+        self.sampling = world.sampling[name]
         self._kept = folder / f"{name} points.jsonl"
         lines = self._kept.read_text().splitlines() if self._kept.is_file() else []
         self._points: dict[str, Any] = dict(map(json.loads, lines))
@@ -269,14 +283,14 @@ def main() -> None:
     arguments = parser.parse_args()
     world = WORLDS[arguments.world]()
     weights = hashlib.blake2b(digest_size=6)
-    for name in host_model.MODELS:
-        weights.update((host_model.WEIGHTS / f"{name}.safetensors").read_bytes())
+    for path in world.weights:
+        weights.update(path.read_bytes())
     folder = RESULTS / "collections" / weights.hexdigest() / "calibration"
     folder.mkdir(parents=True, exist_ok=True)
     first, second = halves(world.nouns)
     some = slice(arguments.nouns or None)
     with torch.inference_mode():
-        benches = {name: Bench(world, name, folder) for name in host_model.MODELS}
+        benches = {name: Bench(world, name, folder) for name in world.sampling}
         of = {name: measured(bench, benches["teacher"], (first[some], second[some])) for name, bench in benches.items()}
     figures = {
         "calibration_cv_ratio": max(one["cv_ratio"] for one in of.values()),

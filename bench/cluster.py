@@ -411,9 +411,9 @@ def simulate(scale: float, workers: int, concepts: int) -> None:
     A failure is a machine that is taken away in the middle of a range; another one starts in its place.
     Seconds are those of Z-Image on a large card, as far as known; what counts is the share that is lost.
 
-    * of_perfect_machines: against the seconds of all images and gradients on workers none of which is slow, divided
+    * efficiency: against the seconds of all images and gradients on workers none of which is slow, divided
       among them: no straggler, no failure, no reading of files, no rest of the graph. No scheduler can reach 1.
-    * efficiency: the share of the workers' time that went into what had to be done with these machines: what the
+    * of_these_machines: the share of the workers' time that went into what had to be done with these machines: what the
       scheduler is for. Waiting, and a range that another worker had done before, do not count. What stragglers take
       and what is lost with a machine had to be done; `needed` is all that, in units of perfect machines' work.
     """
@@ -488,8 +488,8 @@ def simulate(scale: float, workers: int, concepts: int) -> None:
     record(
         "simulated_efficiency",
         {
-            "efficiency": needed / wall / workers,
-            "of_perfect_machines": ideal / wall,
+            "efficiency": ideal / wall,
+            "of_these_machines": needed / wall / workers,
             "needed": needed / workers / ideal,
             "twice": plan.twice / workers / ideal,
             "workers": workers,

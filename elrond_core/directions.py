@@ -81,11 +81,6 @@ class Directions:
             raise NotFoundError(f"There is no direction {index}: this set holds 0 to {len(self) - 1}.")
         return self.vectors[index]
 
-    @property
-    def calibrated(self) -> bool:
-        """Whether every direction is calibrated."""
-        return bool(self.stops) and all(self.stops)
-
     def digest(self, index: int) -> str:
         """A name for one direction that depends on its numbers only, whatever set it is in and however it is called."""
         return hashlib.blake2b(self.pick(index).float().contiguous().numpy().tobytes(), digest_size=12).hexdigest()

@@ -22,7 +22,10 @@ import torch
 from PIL import Image
 
 from demo.browser import chromium, open_page, post, run_graph
+from demo.screenshots import FILE
+from demo.screenshots import graph as steered
 from demo.server import Server, progress_bar
+from demo.thumbnails import sweep
 from elrond_core.sheets import contact_sheet
 
 from .examples import EXAMPLES
@@ -108,9 +111,9 @@ def graph(server: Server, path: Path) -> None:
 
 def panel(server: Server, path: Path) -> None:
     """Take a screenshot of Apply Direction's sliders, two of them moved, beside the images they make."""
-    server.run(_sweep())
+    server.run(sweep(FILE))
     with _page(server) as page:
-        page.evaluate("async (graph) => await window.app.loadApiJson(graph, 'panel')", _steered())
+        page.evaluate("async (graph) => await window.app.loadApiJson(graph, 'panel')", steered())
         page.evaluate(
             """() => {
                 const places = { 1: [0, 0, 300], 2: [0, 170, 300], 5: [0, 480, 300], 3: [340, 0, 300],
@@ -191,39 +194,6 @@ def _shoot(page: Any, path: Path) -> None:
     # Previews are loaded and drawn after the run.
     page.wait_for_timeout(3000)
     page.screenshot(path=path, clip={"x": LEFT, "y": ABOVE, "width": width, "height": height})
-
-
-def _steered() -> dict[str, Any]:
-    """Directions loaded, applied and sampled."""
-
-    def node(kind: str, **inputs: Any) -> dict[str, Any]:
-        return {"class_type": kind, "inputs": inputs, "_meta": {"title": kind}}
-
-    steering = {"index": 0, "strength": 0.0, "unit": "token norms", "start": 0.0, "end": 1.0, "concept": ""}
-    sampling = {"seed": 5, "steps": 20, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
-    return {
-        "1": node("ElrondLoadDemoModel", name="teacher"),
-        "2": node("ElrondEncodeConcept", clip=["1", 1], prompt="a [thing]", concept="", occurrence=1, row=0),
-        "3": node("ElrondLoadDirections", name="demo thing words"),
-        "4": node("ElrondApplyDirection", conditioning=["2", 0], directions=["3", 0], strengths="", **steering),
-        "5": node("EmptyLatentImage", width=64, height=64, batch_size=9),
-        "6": node("KSampler", model=["1", 0], positive=["4", 0], negative=["2", 0], latent_image=["5", 0], **sampling),
-        "7": node("VAEDecode", samples=["6", 0], vae=["1", 2]),
-        "8": node("PreviewImage", images=["7", 0]),
-    }
-
-
-def _sweep() -> dict[str, Any]:
-    """Makes the thumbnails of all directions of the file."""
-    settings = {"which": "", "lowest": -0.8, "highest": 0.8, "columns": 3, "unit": "token norms", "seed": 1}
-    settings |= {"width": 64, "height": 64, "steps": 20, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
-    settings |= {"batch_size": 6, "cell": 96, "concept": "", "thumbnails": True}
-    wires = {"model": ["1", 0], "positive": ["2", 0], "directions": ["3", 0], "vae": ["1", 2]}
-    return {
-        **{key: node for key, node in _steered().items() if key in "123"},
-        "4": {"class_type": "ElrondDirectionSweep", "inputs": {**wires, **settings}},
-        "5": {"class_type": "PreviewImage", "inputs": {"images": ["4", 0]}},
-    }
 
 
 # In this order: steer loads directions that discover saves.

@@ -1,4 +1,4 @@
-"""The portraits' checkpoint files, and the MODEL, CLIP and VAE that they make.
+"""The portraits' checkpoint files, and the MODEL, CLIP and VAE that they make; only the autoencoder's ships yet.
 
 Three safetensors files: `portraits_vae` holds the autoencoder, `portraits_teacher` the teacher's UNet and the text
 encoder, `portraits_student` the student's UNet. The token table has a row for every entry of the CLIP vocabulary; rows

@@ -202,6 +202,9 @@ def main(folder: Path, models: list[str], images: int) -> None:
     network = folder / measure.WEIGHTS.name
     measures = measure.load(network if network.is_file() else measure.WEIGHTS)
     for name in models:
+        if not file_of(name, folder).is_file():
+            print(f"{file_of(name, folder).name} is not there yet: `python -m demo.train` makes it.")
+            continue
         if name == "vae":
             figures[name] = evaluate_vae(file_of("vae", folder), measures, images)
         else:

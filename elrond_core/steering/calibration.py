@@ -24,8 +24,8 @@ _TYPICAL = 0.95
 LEAST_REFERENCES = 8
 # An end is known to this share of its strength: about the width of the handle of a slider.
 _RESOLUTION = 1 / 16
-# A change within less than that is sudden if it is larger than so many steps between stops: no stop can lie in it, and
-# at least one should.
+# Between two strengths nearer than `_RESOLUTION`, a change of more than so many steps between stops is sudden: at least
+# one stop should lie in it, and none can.
 _SUDDEN = 2
 # Where the change grows at less than this share of its mean rate up to there, it counts as over: the last stop would
 # take more than half of the slider's strengths (with four stops a side).
@@ -294,7 +294,7 @@ class _Side:
     def _strength_of(self, change: float, last: int) -> float:
         for i in range(1, last + 1):
             if self.changes[i] >= change:
-                # Only the first sample that is as far counts: what comes before is less.
+                # The first sample that reaches the change decides; later ones may fall back.
                 below = self.changes[i - 1]
                 share = min(1.0, (change - below) / (self.changes[i] - below)) if self.changes[i] > below else 1.0
                 return self.strengths[i - 1] + share * (self.strengths[i] - self.strengths[i - 1])
@@ -313,6 +313,9 @@ def calibrated(directions: Directions, calibrations: dict[int, Calibration], how
     stops = list(directions.stops or ((),) * len(directions))
     for index, calibration in calibrations.items():
         intervals[index], stops[index] = calibration.interval, calibration.stops
+    others = any(stops[index] for index in range(len(stops)) if index not in calibrations)
+    if others and directions.method.get("calibration", how) != how:
+        how = f"{directions.method['calibration']}; {', '.join(map(str, calibrations))}: {how}"
     return replace(
         directions,
         method={**directions.method, "calibration": how},

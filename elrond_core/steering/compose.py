@@ -97,10 +97,11 @@ def orthogonalised(directions: Directions) -> Directions:
     spanned = diagonal.abs() < _SPANNED
     if spanned.any():
         raise ElrondError(f"Direction {int(spanned.long().argmax())} is a mix of those before it; leave it out.")
+    method = {key: value for key, value in directions.method.items() if key != "calibration"}
     return replace(
         directions,
         vectors=(basis * diagonal.sign()).T.float().reshape(directions.vectors.shape),
-        method={**directions.method, "orthogonalised": "yes"},
+        method={**method, "orthogonalised": "yes"},
         # An orthogonalised direction has another natural variation and other usable strengths, and is no latent.
         natural_std=(),
         densities=(),

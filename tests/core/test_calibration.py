@@ -236,9 +236,11 @@ def calibration(scale: float) -> calibrating.Calibration:
 def test_directions_keep_their_calibration() -> None:
     some = calibrating.calibrated(directions(), {0: calibration(1), 2: calibration(0.5)}, "4 seeds")
     assert some.stops[0] == STOPS and some.stops[1] == () and some.intervals == ((-0.8, 1.4), (0, 0), (-0.4, 0.7))
-    assert some.method["calibration"] == "4 seeds" and not some.calibrated and not directions().calibrated
+    assert some.method["calibration"] == "4 seeds" and [bool(stops) for stops in some.stops] == [True, False, True]
     every = calibrating.calibrated(some, {1: calibration(2)}, "4 seeds")
-    assert every.calibrated and every.stops[0] == STOPS
+    assert all(every.stops) and every.stops[0] == STOPS and every.method["calibration"] == "4 seeds"
+    other = calibrating.calibrated(every, {1: calibration(2)}, "8 seeds")
+    assert other.method["calibration"] == "4 seeds; 1: 8 seeds"
     assert in_token_norms(every, {1: 1.0, 0: -0.5}) == {1: 2.8, 0: -0.3}
     for case in ({1: 0.5}, {0: 0.1, 1: 0.5}):
         with pytest.raises(ElrondError, match="Direction 1 is not calibrated: use Calibrate Directions"):

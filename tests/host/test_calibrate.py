@@ -80,7 +80,7 @@ def change_at(teacher: SimpleNamespace, nodes: dict[str, Any], directions: Direc
 def test_stops_lie_at_equal_changes(nodes: dict[str, Any], teacher: SimpleNamespace, shipped: Directions) -> None:
     found, sheet, report = calibrate(nodes, teacher, shipped, samples=40)
     assert "more samples" not in report
-    assert all(found.stops[:2]) and not any(found.stops[2:]) and not found.calibrated
+    assert all(found.stops[:2]) and not any(found.stops[2:])
     assert torch.equal(found.vectors, shipped.vectors) and found.names == shipped.names
     assert "2 seeds of 'thing'" in found.method["calibration"] and "pixels at 32 x 32" in report
     assert sheet.shape[0] == 1 and sheet.shape[2] > 9 * 32

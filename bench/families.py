@@ -52,10 +52,8 @@ CARDS = (80, 24, 12, 16, 8)
 WAYS = ("all kept", "without what is cheap", "computed twice")
 # Targets that share a forward pass.
 TARGETS = (1, 4)
-# Seconds for one family and storage, after which what is left is not measured.
-LIMIT = 34.0
-# Seconds for all, after which no further family is begun; a later run goes on.
-ALL = 540.0
+# Seconds for all, unless others are asked for, after which no further family is begun; a later run goes on.
+ALL = 540
 # Weights that exceed the free memory by more than this factor pass over the bus for minutes.
 EXCESS = 2.5
 
@@ -342,9 +340,10 @@ def costs(model: Any, family: Family, size: int, way: str, count: bool) -> dict[
 def measured(model: Any, family: Family, weights: float, small: bool, deadline: float) -> dict[str, Any]:
     """All points of one family and storage, by name; what there was no time for is absent."""
     points: dict[str, Any] = {}
-    # Free memory first, so that weights leave the card once only.
-    order = [(CARDS[0], size, way) for size in SIZES for way in WAYS]
-    order += [(gib, size, WAYS[0]) for gib in CARDS[1:] for size in SIZES]
+    # Free memory first, so that weights leave the card once only, and the larger size of every card before the smaller.
+    order = [(CARDS[0], SIZES[0], way) for way in WAYS] + [(CARDS[0], SIZES[1], WAYS[0])]
+    order += [(gib, size, WAYS[0]) for size in SIZES for gib in CARDS[1:]]
+    order += [(CARDS[0], SIZES[1], way) for way in WAYS[1:]]
     for gib, size, way in order:
         name = f"{gib} GiB, {size}²" + (f", {way}" if gib == CARDS[0] else "")
         if time.monotonic() > deadline or (not small and weights > EXCESS * gib):
@@ -371,9 +370,10 @@ def one(name: str, storage: str, small: bool, rate: float, deadline: float) -> d
     started, family = time.monotonic(), FAMILIES[name]
     allocated = torch.cuda.memory_allocated() if ON_GPU else 0
     model, count = build(family, STORED[storage], small)
+    built = time.monotonic() - started
     weights = count * STORED[storage].itemsize / 2**30
-    print(f"{name}, {storage}: {count:,} parameters, {weights:.2f} GiB, {time.monotonic() - started:.1f} s", flush=True)
-    points = measured(model, family, weights, small, min(started + LIMIT, deadline))
+    print(f"{name}, {storage}: {count:,} parameters, {weights:.2f} GiB, {built:.1f} s", flush=True)
+    points = measured(model, family, weights, small, deadline)
     for point in points.values():
         # Elsewhere some of them are counted twice.
         if "operations" in point and point["way"] == WAYS[0]:
@@ -398,23 +398,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=FAMILIES, help="this one only, even if it is in the results")
     parser.add_argument("--small", action="store_true", help="small networks, to try the script itself")
+    parser.add_argument("--seconds", type=int, default=ALL, help="for all that is not in the results yet")
     chosen = parser.parse_args()
     if not chosen.small and not ON_GPU:
         parser.error("Full size needs a graphics card: set ELROND_GPU=1, or give --small.")
     path = Path(tempfile.mkdtemp()) / "families.json" if chosen.small else RESULTS
     results = json.loads(path.read_text()) if path.is_file() else {}
-    deadline = time.monotonic() + ALL
+    deadline = time.monotonic() + chosen.seconds
+    keys = [f"{name}, {storage}" for name in FAMILIES for storage in STORED]
     with torch.no_grad():
         rate = matrix_rate()
         mine = results.setdefault(machine(), {"tera_operations_a_second": round(rate / 1e12, 1), "families": {}})
-        for name in [chosen.family] if chosen.family else FAMILIES:
-            for storage in STORED:
-                key = f"{name}, {storage}"
-                if time.monotonic() < deadline and (key not in mine["families"] or chosen.family):
-                    mine["families"][key] = one(name, storage, chosen.small, rate, deadline)
-                    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    missing = [f"{name}, {storage}" for name in FAMILIES for storage in STORED]
-    missing = [key for key in missing if key not in mine["families"]]
+        wanted = [key for key in keys if key.startswith(f"{chosen.family}, ")]
+        wanted = wanted or [key for key in keys if key not in mine["families"]]
+        for place, key in enumerate(wanted):
+            # What is left of the time is shared evenly.
+            now = time.monotonic()
+            share = (deadline - now) / (len(wanted) - place)
+            if now < deadline:
+                name, storage = key.rsplit(", ", 1)
+                mine["families"][key] = one(name, storage, chosen.small, rate, now + share)
+                path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    missing = [key for key in keys if key not in mine["families"]]
     print(f"Written to {path}." + (f" Run again for {'; '.join(missing)}." if missing and not chosen.family else ""))
 
 

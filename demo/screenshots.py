@@ -21,7 +21,7 @@ from .server import Server
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 # Width and height of the page in pixels.
 SIZE = (1500, 940)
-FILE = "demo thing words"
+FILE = "demo person words"
 
 
 def graph() -> dict[str, Any]:
@@ -34,7 +34,7 @@ def graph() -> dict[str, Any]:
     sampling = {"seed": 5, "steps": 20, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
     return {
         "1": node("ElrondLoadDemoModel", name="teacher"),
-        "2": node("ElrondEncodeConcept", clip=["1", 1], prompt="a [thing]", concept="", occurrence=1, row=0),
+        "2": node("ElrondEncodeConcept", clip=["1", 1], prompt="a [person]", concept="", occurrence=1, row=0),
         "3": node("ElrondLoadDirections", name=FILE),
         "4": node("ElrondApplyDirection", conditioning=["2", 0], directions=["3", 0], strengths="", **steering),
         "5": node("EmptyLatentImage", width=64, height=64, batch_size=9),

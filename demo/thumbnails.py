@@ -29,7 +29,7 @@ def sweep(file: str) -> dict[str, Any]:
     wires = {"model": ["1", 0], "positive": ["2", 0], "directions": ["3", 0], "vae": ["1", 2]}
     return {
         "1": node("ElrondLoadDemoModel", name="teacher"),
-        "2": node("ElrondEncodeConcept", clip=["1", 1], prompt="a [thing]", concept="", occurrence=1),
+        "2": node("ElrondEncodeConcept", clip=["1", 1], prompt="a [person]", concept="", occurrence=1),
         "3": node("ElrondLoadDirections", name=file),
         "4": node("ElrondDirectionSweep", **wires, **settings),
         "5": node("PreviewImage", images=["4", 0]),

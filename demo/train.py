@@ -18,7 +18,7 @@ from . import host
 # isort: split
 import torch
 
-from .host_model.portraits import PORTRAIT_WEIGHTS, file_of, load_portrait_vae
+from .host_model.checkpoint import WEIGHTS, file_of, load_vae
 from .portraits import measure
 from .training import student, teacher, vae
 
@@ -32,7 +32,7 @@ def recipe_of(stage: Any, small: bool) -> Any:
     return stage.CARD if host.on_gpu() else stage.CPU
 
 
-def take_shipped(out: Path, stages: list[str], weights: Path = PORTRAIT_WEIGHTS) -> None:
+def take_shipped(out: Path, stages: list[str], weights: Path = WEIGHTS) -> None:
     """Copy shipped weights of stages that are not run into a folder that lacks them, for the stages after them."""
     out.mkdir(parents=True, exist_ok=True)
     for stage in ("vae", "teacher"):
@@ -42,7 +42,7 @@ def take_shipped(out: Path, stages: list[str], weights: Path = PORTRAIT_WEIGHTS)
 
 def train_measures(out: Path, small: bool, device: str) -> None:
     """Train the measuring network on pictures as they are and as the autoencoder decodes them."""
-    module = load_portrait_vae(file_of("vae", out)).to(device)
+    module = load_vae(file_of("vae", out)).to(device)
 
     def decoded(images: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

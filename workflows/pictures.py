@@ -61,7 +61,7 @@ class Run:
 
 def discover(run: Run) -> np.ndarray:
     """Sample images over both spectra."""
-    images = contact_sheet(run.images("Save Image"), ["", ""], [""] * 8, "images of “a thing”", cell=96)
+    images = contact_sheet(run.images("Save Image"), ["", ""], [""] * 8, "images of “a person”", cell=96)
     plots = torch.cat([run.images("PCA: explained variance"), run.images("Response: variance per change")])
     spectra = contact_sheet(plots, [""], ["PCA of their gradients", "normalised by the response"], cell=640)
     return np.concatenate([images, _narrowed(spectra, images.shape[1])])
@@ -77,12 +77,12 @@ def diversify(run: Run) -> np.ndarray:
     """Before and after."""
     images = torch.cat([run.images("Student"), run.images("Student, diversified")])
     rows = ["distilled", "", "diversified", ""]
-    return contact_sheet(images, rows, [""] * 8, "sixteen images of “a thing”", cell=96)
+    return contact_sheet(images, rows, [""] * 8, "sixteen images of “a person”", cell=96)
 
 
 def complexity(run: Run) -> np.ndarray:
     """Both spectra under their estimates."""
-    words = ["sun", "thing"]
+    words = ["clone", "person"]
     titles = [f"a {word}: about {float(run.text(f'Dimension: {word}')):.1f} ways to vary" for word in words]
     plots = torch.cat([run.images(f"Plot: {word}") for word in words])
     return _narrowed(contact_sheet(plots, [""], titles, cell=640), 900)

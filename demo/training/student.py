@@ -2,8 +2,8 @@
 
 Improved distribution matching (Yin et al., arXiv 2405.14867): the student's clean estimates move along the difference
 between a real score (the teacher with guidance) and a fake score (a copy of the teacher that is trained on what the
-student makes). Inputs of later steps are simulated: estimate, add fresh noise, estimate again, which is what the
-host's sampler `lcm` does. No regression, no adversary, no images of the world. That is the reverse Kullback–Leibler
+student makes). Inputs of later steps are simulated by the student's own earlier steps, Euler steps as the host's
+sampler `euler` takes them. No regression, no adversary, no images of the world. That is the reverse Kullback–Leibler
 divergence, which prefers few modes; with guidance it is where the diversity of distilled models goes.
 """
 
@@ -18,9 +18,9 @@ from .. import host  # noqa: F401
 # isort: split
 import torch
 
-from ..host_model.portrait_unet import new_portrait_unet
-from ..host_model.portrait_vae import PORTRAIT_CHANNELS
-from ..host_model.portraits import file_of, pack_unet, read_weights, unpack_text, unpack_unet
+from ..host_model.checkpoint import file_of, pack_unet, read_weights, unpack_text, unpack_unet
+from ..host_model.unet import new_unet
+from ..host_model.vae import LATENT_CHANNELS
 from ..portraits.captions import Captions
 from .progress import Progress, generator_of, number_of, save_weights
 from .teacher import draw_levels, mixed, shifted, velocity
@@ -78,15 +78,13 @@ def _randn(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 @torch.no_grad()
-def simulate(
-    student: torch.nn.Module, noise: torch.Tensor, steps: int, rows: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
-    """What the student's next step sees after `steps` of its own, from noise (N, 16, 8, 8)."""
+def simulate(student: torch.nn.Module, noise: torch.Tensor, steps: int, rows: torch.Tensor) -> torch.Tensor:
+    """What the student's next step sees after `steps` Euler steps of its own, from noise (N, 16, 8, 8)."""
     levels = levels_of(str(noise.device))
     noisy = noise
     for step in range(steps):
-        estimate = clean(student, noisy, levels[step].expand(len(noisy)), rows)
-        noisy = mixed(estimate, _randn(noise, generator), levels[step + 1].expand(len(noisy)))
+        made = velocity(student, noisy, levels[step].expand(len(noisy)), rows)
+        noisy = noisy + (levels[step + 1] - levels[step]) * made
     return noisy
 
 
@@ -129,7 +127,7 @@ def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = No
     text = TextEncoder(tokens, generator_of("student", -1))
     text.load(unpack_text(packed))
     text = text.to(device).requires_grad_(False)
-    teacher = new_portrait_unet().diffusion_model
+    teacher = new_unet().diffusion_model
     teacher.load_state_dict(unpack_unet(packed))
     teacher = teacher.to(device, memory_format=torch.channels_last).requires_grad_(False)
     student, fake = copy.deepcopy(teacher).requires_grad_(True), copy.deepcopy(teacher).requires_grad_(True)
@@ -158,9 +156,9 @@ def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = No
         generator = generator_of("student", progress.step)
         captions, _ = Captions(number_of("student captions", progress.step)).batch(recipe.batch)
         rows = text(tokens.encode(captions).to(device))
-        noise = torch.randn(recipe.batch, PORTRAIT_CHANNELS, 8, 8, generator=generator).to(device)
+        noise = torch.randn(recipe.batch, LATENT_CHANNELS, 8, 8, generator=generator).to(device)
         step = int(torch.randint(STEPS, (), generator=generator))
-        noisy = simulate(run["student"], noise, step, rows, generator)
+        noisy = simulate(run["student"], noise, step, rows)
         made = clean(run["student"], noisy, levels[step].expand(recipe.batch), rows)
         empty = nothing.expand_as(rows)
         gradient = direction(run["teacher"], run["fake"], made.detach(), rows, empty, recipe.guidance, generator)
@@ -174,7 +172,7 @@ def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = No
         loss = _train_fake(run["fake"], fake, fake_optimizer, made.detach(), rows, recipe, generator)
         progress.step += 1
         if progress.step % SAVE_EVERY == 0 or progress.step == recipe.iterations:
-            progress.log(fake_loss=loss, spread=float(made.detach().std(0).mean()))
+            progress.log(fake_loss=float(loss), spread=float(made.detach().std(0).mean()))
             progress.save()
             save_weights(
                 pack_unet(average.state_dict()), file_of("student", out), recipe, iterations=str(progress.step)
@@ -192,8 +190,8 @@ def _train_fake(
     rows: torch.Tensor,
     recipe: Recipe,
     generator: torch.Generator,
-) -> float:
-    """Train the fake score on the student's images; the last loss."""
+) -> torch.Tensor:
+    """Train the fake score on the student's images; the last loss, which nothing waits for."""
     loss = torch.zeros(())
     for _ in range(recipe.fake_steps):
         levels = draw_levels(len(made), 1.0, 0.0, generator).to(made.device)
@@ -203,4 +201,4 @@ def _train_fake(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(fake.parameters(), 1.0)
         optimizer.step()
-    return float(loss.detach())
+    return loss.detach()

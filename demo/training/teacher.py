@@ -17,9 +17,9 @@ from .. import host  # noqa: F401
 # isort: split
 import torch
 
-from ..host_model.portrait_text import END_TOKEN
-from ..host_model.portrait_unet import PORTRAIT_SAMPLING, new_portrait_unet
-from ..host_model.portraits import file_of, load_portrait_vae, pack_text, pack_unet
+from ..host_model.checkpoint import file_of, load_vae, pack_text, pack_unet
+from ..host_model.text import END_TOKEN
+from ..host_model.unet import SAMPLING, new_unet
 from .bank import Bank, captioned, encoded, make_bank
 from .optimizer import Muon
 from .progress import Progress, generator_of, rate_at, save_weights
@@ -93,7 +93,7 @@ def initialise(unet: torch.nn.Module, generator: torch.Generator) -> None:
 def new_models(device: str) -> torch.nn.ModuleDict:
     """UNet and text encoder with seeded initial weights."""
     generator = generator_of("teacher", -1)
-    unet = new_portrait_unet().diffusion_model
+    unet = new_unet().diffusion_model
     initialise(unet, generator)
     text = TextEncoder(Tokens(), generator)
     models = torch.nn.ModuleDict({"unet": unet, "text": text})
@@ -102,7 +102,7 @@ def new_models(device: str) -> torch.nn.ModuleDict:
 
 def shifted(time: torch.Tensor) -> torch.Tensor:
     """Times in [0, 1] to noise levels, as the host's schedule does."""
-    shift = PORTRAIT_SAMPLING["shift"]
+    shift = SAMPLING["shift"]
     return shift * time / (1 + (shift - 1) * time)
 
 
@@ -123,7 +123,7 @@ def velocity(unet: torch.nn.Module, noisy: torch.Tensor, levels: torch.Tensor, r
     """The UNet's output (N, 16, 8, 8) in float32; on a card in bfloat16 arithmetic."""
     card = noisy.device.type == "cuda"
     with torch.autocast(noisy.device.type, torch.bfloat16, enabled=card):
-        out = unet(noisy, levels * PORTRAIT_SAMPLING["multiplier"], context=rows)
+        out = unet(noisy, levels * SAMPLING["multiplier"], context=rows)
     return out.float()
 
 
@@ -175,7 +175,7 @@ def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = No
     progress = Progress(out, "teacher", recipe, parts)
     if progress.step == recipe.steps and file_of("teacher", out).is_file():
         return file_of("teacher", out)
-    vae = load_portrait_vae(file_of("vae", out)).to(device, memory_format=torch.channels_last)
+    vae = load_vae(file_of("vae", out)).to(device, memory_format=torch.channels_last)
     bank = make_bank(vae, recipe.pictures, out / "bank", device)
     tokens, factors = captioned(-1, recipe.validation)
     held_out = Bank(encoded(vae, factors, device), tokens)

@@ -32,6 +32,6 @@ def page(server: Server, browser: Any) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def stored(server: Server) -> str:
     """A directions file of the test's own, of the demo model's family, that tests may change."""
-    shipped = load_directions(ROOT / "demo" / "directions" / "demo thing.safetensors")
+    shipped = load_directions(ROOT / "demo" / "directions" / "demo person.safetensors")
     save_directions(shipped, server.output / "elrond" / "directions" / "browser.safetensors")
     return "browser"

@@ -252,7 +252,7 @@ def test_the_values_live_in_the_workflow(page: Any, stored: str) -> None:
 
 def test_a_file_that_appears_is_found(page: Any, server: Server, stored: str) -> None:
     show(page, stored)
-    new = Directions(torch.eye(128)[:2, None], torch.ones(2), {}, Provenance("Demo", "a thing", "thing"), ("a", "b"))
+    new = Directions(torch.eye(128)[:2, None], torch.ones(2), {}, Provenance("Demo", "a person", "person"), ("a", "b"))
     save_directions(new, server.output / "elrond" / "directions" / "dropped in.safetensors")
     panel = page.locator(".elrond-panel").first
     panel.get_by_label("Look at the files again").click()

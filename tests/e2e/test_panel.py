@@ -14,7 +14,7 @@ from demo.server import Server
 from elrond_core.storage.format import load_directions, save_directions
 from tests.e2e.pages import ROOT, graph, queued, run, shot, show, strengths
 
-WORDS = "demo thing words"
+WORDS = "demo person words"
 LOAD_API = "async (graph) => await window.app.loadApiJson(graph, 'graph')"
 OPEN = "async (graph) => await window.app.loadGraphData(graph, true, true, 'again')"
 SERIALIZE = "() => window.app.graph.serialize()"
@@ -397,7 +397,7 @@ def test_presets_write_the_numbers_and_follow_them(page: Any, server: Server, st
 
 
 def test_presets_spread_where_the_models_variety_is_unknown(page: Any, server: Server) -> None:
-    shipped = load_directions(ROOT / "demo" / "directions" / "demo thing.safetensors")
+    shipped = load_directions(ROOT / "demo" / "directions" / "demo person.safetensors")
     path = server.output / "elrond" / "directions" / "without variety.safetensors"
     save_directions(replace(shipped, natural_std=()), path)
     page.evaluate(LOAD_API, batch_of("without variety", 2))
@@ -432,7 +432,7 @@ def test_a_part_of_the_sampling_is_chosen_for_all_sliders(page: Any, stored: str
 
 def test_sliders_of_calibrated_directions_end_where_they_are_usable(page: Any, server: Server) -> None:
     """In token norms at the interval, else at 1; with a mark at every stop."""
-    shipped = load_directions(ROOT / "demo" / "directions" / "demo thing.safetensors")
+    shipped = load_directions(ROOT / "demo" / "directions" / "demo person.safetensors")
     stops = (-0.8, -0.3, 0.0, 0.5, 1.4)
     none = len(shipped) - 1
     calibrated = replace(shipped, intervals=((-0.8, 1.4), *none * [(0.0, 0.0)]), stops=(stops, *none * [()]))

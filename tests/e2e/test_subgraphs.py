@@ -42,7 +42,7 @@ def second(server: Server) -> str:
     path = server.output / "elrond" / "directions" / "second.safetensors"
     vectors = torch.eye(128)[:2, None]
     save_directions(
-        Directions(vectors, torch.ones(2), {}, Provenance("Demo", "a thing", "thing"), ("left", "right")), path
+        Directions(vectors, torch.ones(2), {}, Provenance("Demo", "a person", "person"), ("left", "right")), path
     )
     return "second"
 
@@ -211,7 +211,7 @@ def nodes_2(server: Server, browser: Any) -> Iterator[Any]:
 def test_nodes_2_keep_a_long_list_short(nodes_2: Any, server: Server) -> None:
     """Twenty directions scroll in a list as tall as six, and the wheel over it does not zoom the canvas."""
     names = tuple(f"number {i}" for i in range(20))
-    twenty = Directions(torch.eye(128)[:20, None], torch.ones(20), {}, Provenance("Demo", "a thing", "thing"), names)
+    twenty = Directions(torch.eye(128)[:20, None], torch.ones(20), {}, Provenance("Demo", "a person", "person"), names)
     save_directions(twenty, server.output / "elrond" / "directions" / "twenty.safetensors")
     page = nodes_2
     show(page, "twenty")

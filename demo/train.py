@@ -26,10 +26,8 @@ OUT = Path(__file__).parent / "training" / "out"
 
 
 def recipe_of(stage: Any, small: bool) -> Any:
-    """A stage's recipe: for tests, for a card if there is one in use, else for two processor cores."""
-    if small:
-        return stage.SMALL
-    return stage.CARD if host.on_gpu() else stage.CPU
+    """A stage's recipe: the one of what ships, or the one for tests."""
+    return stage.SMALL if small else stage.RECIPE
 
 
 def take_shipped(out: Path, stages: list[str], weights: Path = WEIGHTS) -> None:
@@ -70,14 +68,13 @@ def train(out: Path, stages: list[str], small: bool = False) -> None:
         FileNotFoundError: if a stage needs the weights of one that was not run and does not ship.
     """
     device = "cuda" if host.on_gpu() else "cpu"
-    compiled = device == "cuda"
     # On a card, products of single precision may round to TF32, which is precise enough here and several times faster.
     torch.set_float32_matmul_precision("high")
     runs: dict[str, Callable[[], object]] = {
         "vae": lambda: vae.train(out, recipe_of(vae, small), device),
         "measure": lambda: train_measures(out, small, device),
-        "teacher": lambda: teacher.train(out, recipe_of(teacher, small), device, compiled=compiled),
-        "student": lambda: student.train(out, recipe_of(student, small), device, compiled=compiled),
+        "teacher": lambda: teacher.train(out, recipe_of(teacher, small), device),
+        "student": lambda: student.train(out, recipe_of(student, small), device),
     }
     take_shipped(out, stages)
     for stage in stages:

@@ -27,11 +27,13 @@ from demo.screenshots import graph as steered
 from demo.server import Server, progress_bar
 from demo.thumbnails import sweep
 from elrond_core.sheets import contact_sheet
+from elrond_core.storage.format import load_directions
 
 from .examples import EXAMPLES
 
 GRAPHS = Path(__file__).parent / "api"
 FOLDER = Path(__file__).parents[1] / "example_workflows"
+DIRECTIONS = FOLDER.parent / "demo" / "directions"
 SCREENSHOTS = FOLDER.parent / "docs" / "pictures"
 # The part of the page for the graph, in pixels; the frontend's menus lie left, above and below.
 WIDTH, HEIGHT, LEFT, ABOVE, BELOW = 1800, 1100, 70, 200, 70
@@ -132,8 +134,9 @@ def panel(server: Server, path: Path) -> None:
                 window.app.canvas.setDirty(true, true);
             }"""
         )
-        page.get_by_label("Use dark → bright", exact=True).wait_for()
-        for name, strength in (("dark → bright", "-0.5"), ("small → large", "0.6")):
+        names = load_directions(DIRECTIONS / f"{FILE}.safetensors").names
+        page.get_by_label(f"Use {names[0]}", exact=True).wait_for()
+        for name, strength in zip(names, ("-0.5", "0.6"), strict=False):
             page.get_by_label(f"Use {name}", exact=True).check()
             page.get_by_label(f"Strength of {name}", exact=True).fill(strength)
         run_graph(page)

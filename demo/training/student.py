@@ -54,9 +54,8 @@ class Recipe:
     half_life: int = 60
 
 
-# On two processor cores, on a card, and for tests.
-CPU = Recipe(iterations=1000, batch=48)
-CARD = Recipe(iterations=1500, batch=512)
+RECIPE = Recipe(iterations=1000, batch=48)
+# For tests.
 SMALL = Recipe(iterations=4, batch=2, warm_up=1)
 SAVE_EVERY = 50
 # Noise levels at which scores are compared, as published: all but the ends.
@@ -109,7 +108,7 @@ def direction(
     return (clean(fake, noisy, levels, rows) - real) / scale
 
 
-def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = None, compiled: bool = False) -> Path:
+def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = None) -> Path:
     """Distil the teacher in a folder, resuming from the student's checkpoint there.
 
     Args:
@@ -117,7 +116,6 @@ def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = No
         recipe: its numbers.
         device: "cpu" or "cuda".
         steps: stop after so many iterations, to go on another time.
-        compiled: compile the UNets.
 
     Returns:
         the file of the weights; it is written with every checkpoint.
@@ -144,9 +142,6 @@ def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = No
     progress = Progress(out, "student", recipe, parts)
     if progress.step == recipe.iterations and file_of("student", out).is_file():
         return file_of("student", out)
-    run = {"teacher": teacher, "student": student, "fake": fake}
-    if compiled:
-        run = {name: torch.compile(module) for name, module in run.items()}
     nothing = empty_rows(text)
     levels = levels_of(device)
     while progress.step < min(recipe.iterations, steps or recipe.iterations):
@@ -158,10 +153,10 @@ def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = No
         rows = text(tokens.encode(captions).to(device))
         noise = torch.randn(recipe.batch, LATENT_CHANNELS, 8, 8, generator=generator).to(device)
         step = int(torch.randint(STEPS, (), generator=generator))
-        noisy = simulate(run["student"], noise, step, rows)
-        made = clean(run["student"], noisy, levels[step].expand(recipe.batch), rows)
+        noisy = simulate(student, noise, step, rows)
+        made = clean(student, noisy, levels[step].expand(recipe.batch), rows)
         empty = nothing.expand_as(rows)
-        gradient = direction(run["teacher"], run["fake"], made.detach(), rows, empty, recipe.guidance, generator)
+        gradient = direction(teacher, fake, made.detach(), rows, empty, recipe.guidance, generator)
         optimizer.zero_grad(set_to_none=True)
         (made * gradient).mean().backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -169,7 +164,7 @@ def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = No
         keep = min(0.5 ** (1 / recipe.half_life), (progress.step + 1) / (progress.step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 1 - keep)
-        loss = _train_fake(run["fake"], fake, fake_optimizer, made.detach(), rows, recipe, generator)
+        loss = _train_fake(fake, fake_optimizer, made.detach(), rows, recipe, generator)
         progress.step += 1
         if progress.step % SAVE_EVERY == 0 or progress.step == recipe.iterations:
             progress.log(fake_loss=float(loss), spread=float(made.detach().std(0).mean()))
@@ -183,7 +178,6 @@ def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = No
 
 
 def _train_fake(
-    run: torch.nn.Module,
     fake: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     made: torch.Tensor,
@@ -196,7 +190,7 @@ def _train_fake(
     for _ in range(recipe.fake_steps):
         levels = draw_levels(len(made), 1.0, 0.0, generator).to(made.device)
         noise = _randn(made, generator)
-        loss = (velocity(run, mixed(made, noise, levels), levels, rows) - (noise - made)).square().mean()
+        loss = (velocity(fake, mixed(made, noise, levels), levels, rows) - (noise - made)).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(fake.parameters(), 1.0)

@@ -50,9 +50,8 @@ class Recipe:
     statistics: int = 2048
 
 
-# On two processor cores, on a card, and for tests.
-CPU = Recipe(steps=4000, batch=16)
-CARD = Recipe(steps=4000, batch=256, rate=3e-3)
+RECIPE = Recipe(steps=4000, batch=16)
+# For tests.
 SMALL = Recipe(steps=4, batch=2, warm_up=1, statistics=8)
 SAVE_EVERY = 200
 

@@ -158,8 +158,12 @@ class Checkpointing:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         run = _Run(self, forward, args, kwargs)
-        with torch.autograd.graph.saved_tensors_hooks(run.pack, run.unpack):
-            return forward(*args, **kwargs)
+        before, self.saved.passing = self.saved.passing, True
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(run.pack, run.unpack):
+                return forward(*args, **kwargs)
+        finally:
+            self.saved.passing = before
 
     def only(self, run: _Run) -> None:
         """Forget what an earlier run has left unused: the backward pass is done with that block."""

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 # Operations from one saved tensor to another, at most. More would take longer than they save memory: each reads and
 # writes the whole tensor.
@@ -93,7 +92,8 @@ class _Content:
         return self.kept.untyped_storage()
 
 
-@dataclass(frozen=True, eq=False)
+# Thousands of these are made in a forward pass, and frozen ones take several times as long to make.
+@dataclass(eq=False, slots=True)
 class _Part:
     """A tensor as a view of a content."""
 
@@ -108,7 +108,7 @@ class _Part:
         return empty.set_(storage, self.offset, self.size, self.stride)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class _Recipe:
     """An operation, of which a content is an output or what it writes to.
 
@@ -132,8 +132,8 @@ class _Recipe:
                 storage = storage.clone()
             return part.on(storage)
 
-        args, kwargs = tree_map_only(_Part, tensor, self.arguments)
-        outputs = _outputs(self.function(*args, **kwargs))
+        args, kwargs = _replaced(_Part, tensor, *self.arguments)
+        outputs = _tensors((self.function(*args, **kwargs),))
         found = outputs[self.output or 0]
         if (found.size(), found.stride(), found.storage_offset()) != self.layout:
             raise RuntimeError(f"{self.function} gave another layout when it ran again.")
@@ -164,8 +164,30 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _outputs(out: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
+    """The tensors among arguments or results of an operation, which come one by one or in lists."""
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [item for item in value if isinstance(item, torch.Tensor)]
+    return found
+
+
+def _replaced(
+    kind: type, change: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """An operation's arguments with all of a kind changed, in their order."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, kind):
+            return change(value)
+        if isinstance(value, (list, tuple)):
+            return [change(item) if isinstance(item, kind) else item for item in value]
+        return value
+
+    return tuple([one(value) for value in args]), {name: one(value) for name, value in kwargs.items()}
 
 
 class SavedTensors(TorchDispatchMode):
@@ -178,7 +200,7 @@ class SavedTensors(TorchDispatchMode):
     Attributes:
         overwritten: whether the model writes into what is saved, so that copies have to be made.
         sparing: whether what is cheap is computed again.
-        weights: tensors that are there anyway.
+        passing: whether what is computed now will be computed again as a whole, so that its operations need no recipes.
     """
 
     # Other classes have storages of their own, or none.
@@ -188,13 +210,24 @@ class SavedTensors(TorchDispatchMode):
         super().__init__()
         self.overwritten = False
         self.sparing = False
-        self.weights = weights
+        self.passing = False
         # Instead of keeping anything.
         self.counting: Callable[[torch.Tensor, bool, Any], None] | None = None
         self._contents: dict[int, tuple[StorageWeakRef, _Content]] = {}
-        self._own: dict[int, torch.Tensor] = {}
+        self.weights = weights
         self._next_sweep = _SWEEP
         self._active = False
+
+    @property
+    def weights(self) -> Iterable[torch.Tensor]:
+        """Tensors that are there anyway."""
+        return self._weights
+
+    @weights.setter
+    def weights(self, weights: Iterable[torch.Tensor]) -> None:
+        self._weights = list(weights)
+        # By their storages: a model has thousands, and a run of checkpointed blocks asks for them again and again.
+        self._own: dict[int, torch.Tensor] | None = None
 
     @property
     def active(self) -> bool:
@@ -207,11 +240,8 @@ class SavedTensors(TorchDispatchMode):
         if self._active or not (self.active or self.counting):
             yield
             return
-        self._own = {
-            weight.untyped_storage()._cdata: weight
-            for weight in self.weights
-            if (self.sparing or self.counting) and self._plain(weight)
-        }
+        if self._own is None and (self.sparing or self.counting):
+            self._own = {weight.untyped_storage()._cdata: weight for weight in self._weights if self._plain(weight)}
         self._active = True
         try:
             with self:
@@ -219,7 +249,6 @@ class SavedTensors(TorchDispatchMode):
         finally:
             self._active = False
             self._contents.clear()
-            self._own.clear()
             self._next_sweep = _SWEEP
 
     @contextlib.contextmanager
@@ -280,7 +309,7 @@ class SavedTensors(TorchDispatchMode):
         entry = self._contents.get(key)
         if entry is None:
             content = _Content(storage.nbytes())
-            if key in self._own:
+            if (self.sparing or self.counting) and self._own and key in self._own:
                 content.keep(tensor.detach())
             self._remember(storage, content)
             return content
@@ -315,13 +344,13 @@ class SavedTensors(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         places, cheap = _about(func)
-        written: list[torch.Tensor] = []
-        for place, name in places:
-            given = args[place] if place < len(args) else kwargs.get(name)
-            written += [t for t in _outputs(given) if self._plain(t)]
-        recorded = None
-        if self.sparing or self.counting:
-            recorded = self._recorded(args, kwargs) if cheap and len(written) == len(places) <= 1 else None
+        recording = cheap and not self.passing and (self.sparing or self.counting is not None)
+        if not places and not recording:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        written = [t for place, name in places for t in _tensors((_argument(args, kwargs, place, name),))]
+        written = [tensor for tensor in written if self._plain(tensor)]
+        recorded = self._recorded(args, kwargs) if recording and len(written) == len(places) <= 1 else None
         for tensor in written:
             content = self._content(tensor)
             if content.kept is not None and content.kept.untyped_storage()._cdata == tensor.untyped_storage()._cdata:
@@ -334,15 +363,15 @@ class SavedTensors(TorchDispatchMode):
             for tensor in written:
                 self._note(tensor, func, recorded, None)
         elif recorded:
-            given = {tensor.untyped_storage()._cdata for tensor in _outputs((args, kwargs))}
-            for place, tensor in enumerate(_outputs(out)):
+            given = {tensor.untyped_storage()._cdata for tensor in _tensors((*args, *kwargs.values()))}
+            for place, tensor in enumerate(_tensors((out,))):
                 if self._plain(tensor) and tensor.untyped_storage()._cdata not in given:
                     self._note(tensor, func, recorded, place)
         return out
 
     def _recorded(self, args: Any, kwargs: Any) -> tuple[Any, tuple[_Part, ...]] | None:
         """Arguments with parts in the place of tensors, and these parts."""
-        if not all(self._plain(tensor) for tensor in _outputs((args, kwargs))):
+        if not all(self._plain(tensor) for tensor in _tensors((*args, *kwargs.values()))):
             return None
         parts: list[_Part] = []
 
@@ -350,7 +379,7 @@ class SavedTensors(TorchDispatchMode):
             parts.append(self._ingredient(tensor))
             return parts[-1]
 
-        return tree_map_only(torch.Tensor, ingredient, (args, kwargs)), tuple(parts)
+        return _replaced(torch.Tensor, ingredient, args, kwargs), tuple(parts)
 
     def _note(
         self, tensor: torch.Tensor, func: Any, recorded: tuple[Any, tuple[_Part, ...]] | None, place: int | None
@@ -367,6 +396,10 @@ class SavedTensors(TorchDispatchMode):
             else:
                 content.needs = frozenset()
         self._remember(storage, content)
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
+    return args[place] if place < len(args) else kwargs.get(name)
 
 
 _known: dict[Any, tuple[list[tuple[int, str]], bool]] = {}

@@ -15,6 +15,7 @@ import pytest
 
 from demo.browser import PATIENCE
 from demo.server import PACK, Server
+from elrond_core.storage.format import load_directions
 from tests.e2e.pages import ROOT, run, shot
 from workflows.blueprints import BLUEPRINTS
 from workflows.examples import EXAMPLES, write
@@ -278,12 +279,13 @@ def test_steer_with_sliders(quiet: Any, server: Server, known: dict[str, Any]) -
     quiet.wait_for_timeout(600)
     if head.get_attribute("aria-expanded") != "true":
         head.click()
-    quiet.get_by_label("Use dark → bright", exact=True).locator("visible=true").check()
-    quiet.get_by_label("Strength of dark → bright", exact=True).locator("visible=true").press("End")
+    name = load_directions(ROOT / "demo" / "directions" / "demo person words.safetensors").names[0]
+    quiet.get_by_label(f"Use {name}", exact=True).locator("visible=true").check()
+    quiet.get_by_label(f"Strength of {name}", exact=True).locator("visible=true").press("End")
     shot(quiet, "blueprint steer, opened")
     quiet.evaluate("() => window.app.canvas.setGraph(window.app.rootGraph ?? window.app.graph)")
-    (brighter,) = run(quiet, server, str(node))
-    assert np.abs(brighter - plain).max() > 20
+    (moved,) = run(quiet, server, str(node))
+    assert np.abs(moved - plain).max() > 20
 
 
 @pytest.mark.parametrize("name", [load.__name__ for load in EXAMPLES])

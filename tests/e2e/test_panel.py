@@ -15,6 +15,7 @@ from elrond_core.storage.format import load_directions, save_directions
 from tests.e2e.pages import ROOT, graph, queued, run, shot, show, strengths
 
 WORDS = "demo person words"
+NAMES = load_directions(ROOT / "demo" / "directions" / f"{WORDS}.safetensors").names
 LOAD_API = "async (graph) => await window.app.loadApiJson(graph, 'graph')"
 OPEN = "async (graph) => await window.app.loadGraphData(graph, true, true, 'again')"
 SERIALIZE = "() => window.app.graph.serialize()"
@@ -46,9 +47,9 @@ def test_a_first_look_shows_names_and_pictures(page: Any) -> None:
     page.evaluate(LOAD_API, graph(WORDS))
     assert expanded(page, 4) and expanded(page, 3)
     panel = page.locator("#panel-4")
-    picture = panel.get_by_alt_text("What dark → bright does")
+    picture = panel.get_by_alt_text(f"What {NAMES[0]} does")
     page.wait_for_function("(image) => image.naturalWidth > 0", arg=picture.element_handle())
-    assert panel.get_by_label("Name of direction 1").input_value() == "red → blue"
+    assert panel.get_by_label("Name of direction 1").input_value() == NAMES[1]
     assert panel.locator(".elrond-columns").inner_text().split("\n") == [
         "direction",
         "latent variance per unit of change",
@@ -57,7 +58,7 @@ def test_a_first_look_shows_names_and_pictures(page: Any) -> None:
     saved = page.evaluate(SERIALIZE)
     page.evaluate(OPEN, saved)
     assert not expanded(page, 4) and expanded(page, 3)
-    assert "dark → bright, red → blue" in head(page, 4).text_content()
+    assert f"{NAMES[0]}, {NAMES[1]}" in head(page, 4).text_content()
     for node in saved["nodes"]:
         node.get("properties", {}).pop("elrond", None)
     page.evaluate(OPEN, saved)

@@ -352,6 +352,8 @@ def measured(model: Any, family: Family, weights: float, small: bool, deadline: 
             continue
         with only_free(gib, small) as taken:
             if ON_GPU:
+                # What an earlier point left reserved would count as this one's.
+                comfy.model_management.soft_empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             try:
                 point = costs(
@@ -367,10 +369,18 @@ def measured(model: Any, family: Family, weights: float, small: bool, deadline: 
     return points
 
 
+def _allocated() -> int:
+    """Bytes on the card, without what cuBLAS keeps for itself."""
+    if not ON_GPU:
+        return 0
+    torch._C._cuda_clearCublasWorkspaces()
+    return torch.cuda.memory_allocated()
+
+
 def one(name: str, storage: str, small: bool, rate: float, deadline: float) -> dict[str, Any]:
     """Everything about one family and storage."""
     started, family = time.monotonic(), FAMILIES[name]
-    allocated = torch.cuda.memory_allocated() if ON_GPU else 0
+    allocated = _allocated()
     model, count = build(family, STORED[storage], small)
     built = time.monotonic() - started
     weights = count * STORED[storage].itemsize / 2**30
@@ -386,7 +396,7 @@ def one(name: str, storage: str, small: bool, rate: float, deadline: float) -> d
     del model
     gc.collect()
     comfy.model_management.soft_empty_cache()
-    left = torch.cuda.memory_allocated() - allocated if ON_GPU else 0
+    left = _allocated() - allocated
     return {
         "parameters": count,
         "weights_gib": round(weights, 2),

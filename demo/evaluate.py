@@ -42,7 +42,7 @@ class Settings:
     cfg: float = 1.0
 
 
-SETTINGS = {"teacher": Settings(20), "student": Settings(4, "lcm")}
+SETTINGS = {"teacher": Settings(20), "student": Settings(4)}
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,31 @@ def test_writing_in_place() -> None:
         (expected,) = gradients(model, None)
     for one in found:
         assert torch.equal(one, expected)
+
+
+def test_a_block_that_will_run_again_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How its cheap operations could be repeated is noted in the run that the backward pass needs, and only there."""
+    model, noted = Stack(Block), 0
+    record = SavedTensors._recorded
+
+    def counted(*given: Any) -> Any:
+        nonlocal noted
+        noted += 1
+        return record(*given)
+
+    monkeypatch.setattr(SavedTensors, "_recorded", counted)
+    saved = SavedTensors(list(model.parameters()))
+    saved.sparing = True
+    checkpointing = Checkpointing(blocks_of(model), saved)
+    x = inputs()
+    with checkpointing.active(), saved.recording():
+        y = model(x)
+    assert noted == 0
+    (found,) = torch.autograd.grad(y, x, y.detach())
+    assert noted > 0
+    x = inputs()
+    y = model(x)
+    assert torch.equal(found, torch.autograd.grad(y, x, y.detach())[0])
 
 
 @pytest.mark.parametrize("late", [False, True])

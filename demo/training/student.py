@@ -54,7 +54,7 @@ class Recipe:
     half_life: int = 60
 
 
-RECIPE = Recipe(iterations=1000, batch=48)
+RECIPE = Recipe(iterations=450, batch=48)
 # For tests.
 SMALL = Recipe(iterations=4, batch=2, warm_up=1)
 SAVE_EVERY = 50

@@ -309,7 +309,9 @@ class SavedTensors(TorchDispatchMode):
         entry = self._contents.get(key)
         if entry is None:
             content = _Content(storage.nbytes())
-            if (self.sparing or self.counting) and self._own and key in self._own:
+            weight = self._own.get(key) if self._own and (self.sparing or self.counting) else None
+            # A weight that the host has moved since may have left its place to another tensor.
+            if weight is not None and weight.untyped_storage()._cdata == key:
                 content.keep(tensor.detach())
             self._remember(storage, content)
             return content

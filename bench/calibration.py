@@ -1,11 +1,10 @@
 """What a calibrated strength is worth: the same change along every direction, and images that stay valid.
 
-    python -m bench.calibration                    on the portraits, teacher and student
-    python -m bench.calibration --world shapes     on the shapes; prints its figures and keeps none
+    python -m bench.calibration                    teacher and student
 
-The nouns are split in two halves by `SPLIT`. On the first half, and only there, the strengths in token norms are
-chosen that make the same mean change as calibrated ones. The figures are of the second half, for seeds that no
-calibration saw:
+The nouns are split in two halves by a seed (bench/portraits.py). On the first half, and only there, the strengths in
+token norms are chosen that make the same mean change as calibrated ones. The figures are of the second half, for seeds
+that no calibration saw:
 
 * calibration_cv_ratio: the coefficient of variation of the change over directions, signs and nouns at one calibrated
   strength, divided by that at one strength in token norms; the mean over the strengths `LEVELS`. The change is measured
@@ -21,37 +20,27 @@ bench/results/calibration.json.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from demo import host
-
-# isort: split
 import torch
 
-from demo import host_model
-from demo.evaluate import CFG, STEPS
+from demo.evaluate import SETTINGS
+from demo.portraits.world import CATEGORICAL, CONTINUOUS
 
-PACK = host.pack()
-from comfyui_elrond.elrond_core.decompose.pca import fit_pca  # noqa: E402
-from comfyui_elrond.elrond_core.directions import Directions  # noqa: E402
-from comfyui_elrond.elrond_core.measure.diversity import points_of_pixels  # noqa: E402
-from comfyui_elrond.elrond_core.steering.calibration import strength_at  # noqa: E402
-from comfyui_elrond.elrond_core.storage import format as files  # noqa: E402
-from comfyui_elrond.nodes import host as adapter  # noqa: E402
+from . import portraits
+from .portraits import NODES, RESULTS, SIZE, demo_of, halves, measures
 
-NODES = {node.define_schema().node_id: node for node in PACK.NODES}
-RESULTS = Path(__file__).parent / "results"
-# Written down before the first run.
-SPLIT = 20
-SIZE = 64
+from comfyui_elrond.elrond_core.decompose.pca import fit_pca  # isort: skip
+from comfyui_elrond.elrond_core.directions import Directions  # isort: skip
+from comfyui_elrond.elrond_core.measure.diversity import points_of_pixels  # isort: skip
+from comfyui_elrond.elrond_core.steering.calibration import strength_at  # isort: skip
+from comfyui_elrond.elrond_core.storage import format as files  # isort: skip
+from comfyui_elrond.nodes import host as adapter  # isort: skip
+
 REALIZATIONS, GRADIENTS, TARGETS = 64, 512, 8
 DIRECTIONS = 4
 # Calibrated strengths, either way. Images nearer to 0 change less and stay valid more often.
@@ -63,88 +52,28 @@ SEED, IMAGES = 1, 8
 BATCH = 64
 
 
-@dataclass(frozen=True)
-class World:
-    """What the bench asks of a demo's world.
+def factors(images: torch.Tensor) -> torch.Tensor:
+    """Positions of images (N, H, W, 3) in the space of factors, (N, F), each factor within [0, 1].
 
-    Attributes:
-        nouns: its nouns.
-        factors: positions of images (N, H, W, 3) in the space of factors, (N, F), each factor within [0, 1].
-        valid: whether each image is of the world, bool (N).
-        load: MODEL, CLIP and VAE of its teacher or student.
-        weights: the files of their weights.
-        sampling: steps, guidance, sampler and scheduler of each.
+    Two values of a category lie as far apart as the ends of a continuous factor.
     """
-
-    nouns: list[str]
-    factors: Callable[[torch.Tensor], torch.Tensor]
-    valid: Callable[[torch.Tensor], torch.Tensor]
-    load: Callable[[str], Any]
-    weights: list[Path]
-    sampling: dict[str, tuple[int, float, str, str]]
-
-
-def portraits() -> World:
-    """The portraits.
-
-    Raises:
-        SystemExit: if their models are not trained yet.
-    """
-    from demo.host_model import portraits as models
-    from demo.portraits import captions, measure, world
-    from demo.training.evaluate import SETTINGS
-
-    weights = [models.file_of(name) for name in ("vae", *models.PORTRAIT_MODELS)]
-    if not all(path.is_file() for path in weights):
-        raise SystemExit("The portraits' models are not trained yet: `python -m demo.train`, or try --world shapes.")
-    measures = measure.load()
-
-    def factors(images: torch.Tensor) -> torch.Tensor:
-        seen = measures.measure(images.movedim(-1, 1))
-        return _positions(seen, world.CONTINUOUS, {name: len(kinds) for name, kinds in world.CATEGORICAL.items()})
-
-    sampling = {name: (s.steps, s.cfg, s.sampler, s.scheduler) for name, s in SETTINGS.items()}
-    nouns = list(captions.NOUNS)
-    valid = lambda images: measures.valid(images.movedim(-1, 1))  # noqa: E731
-    return World(nouns, factors, valid, models.load_portraits, weights, sampling)
-
-
-def shapes() -> World:
-    """The shapes."""
-    from demo import captions, world
-
-    def factors(images: torch.Tensor) -> torch.Tensor:
-        return _positions(world.measure(images).factors, world.CONTINUOUS, {"shape": len(world.SHAPES)})
-
-    weights = [host_model.WEIGHTS / f"{name}.safetensors" for name in host_model.MODELS]
-    sampling = {name: (STEPS[name], CFG[name], "euler", "simple") for name in host_model.MODELS}
-    valid = lambda images: world.measure(images).valid  # noqa: E731
-    return World(list(captions.NOUNS), factors, valid, host_model.load, weights, sampling)
-
-
-WORLDS = {"portraits": portraits, "shapes": shapes}
-
-
-def _positions(seen: dict[str, torch.Tensor], continuous: tuple[str, ...], kinds: dict[str, int]) -> torch.Tensor:
-    """Factors as coordinates: two values of a category lie as far apart as the ends of a continuous factor."""
-    columns = [seen[name].float().clamp(0, 1)[:, None] for name in continuous]
-    columns += [torch.nn.functional.one_hot(seen[name].long(), count).float() / 2**0.5 for name, count in kinds.items()]
+    seen = measures().measure(images.movedim(-1, 1))
+    columns = [seen[name].float().clamp(0, 1)[:, None] for name in CONTINUOUS]
+    columns += [
+        torch.nn.functional.one_hot(seen[name].long(), len(kinds)).float() / 2**0.5
+        for name, kinds in CATEGORICAL.items()
+    ]
     return torch.cat(columns, 1)
 
 
-def halves(nouns: list[str]) -> tuple[list[str], list[str]]:
-    """The half on which choices are made, and the one that figures are of."""
-    shuffled = random.Random(SPLIT).sample(sorted(nouns), len(nouns))
-    return sorted(shuffled[: len(nouns) // 2]), sorted(shuffled[len(nouns) // 2 :])
-
-
 class Bench:
-    """One model of a world, its directions and what they do."""
+    """One model, its directions and what they do."""
 
-    def __init__(self, world: World, name: str, folder: Path) -> None:
-        self.world, self.name, self.folder = world, name, folder
-        self.model, self.clip, self.vae = world.load(name)
-        self.sampling = world.sampling[name]
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        demo = demo_of(name)
+        self.model, self.clip, self.vae = demo.model, demo.clip, demo.vae
+        self.sampling = (demo.settings.steps, demo.settings.cfg, demo.settings.sampler, demo.settings.scheduler)
         self._kept = folder / f"{name} points.jsonl"
         lines = self._kept.read_text().splitlines() if self._kept.is_file() else []
         self._points: dict[str, Any] = dict(map(json.loads, lines))
@@ -201,8 +130,8 @@ class Bench:
             after = before if strength == 0 else self._images(noun, directions, index, strength)
             self._points[key] = {
                 "change": _distance(points_of_pixels(before), points_of_pixels(after)),
-                "factors": _distance(self.world.factors(before), self.world.factors(after)),
-                "valid": float(self.world.valid(after).float().mean()),
+                "factors": _distance(factors(before), factors(after)),
+                "valid": float(measures().valid(after.movedim(-1, 1)).float().mean()),
             }
             with self._kept.open("a") as file:
                 file.write(json.dumps([key, self._points[key]]) + "\n")
@@ -278,34 +207,28 @@ def measured(bench: Bench, teacher: Bench, nouns: tuple[list[str], list[str]]) -
 def main() -> None:
     """Run the bench."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--world", choices=list(WORLDS), default="portraits")
     parser.add_argument("--nouns", type=int, default=0, help="so many of each half only, to see that it runs")
     arguments = parser.parse_args()
-    world = WORLDS[arguments.world]()
-    weights = hashlib.blake2b(digest_size=6)
-    for path in world.weights:
-        weights.update(path.read_bytes())
-    folder = RESULTS / "collections" / weights.hexdigest() / "calibration"
-    folder.mkdir(parents=True, exist_ok=True)
-    first, second = halves(world.nouns)
-    some = slice(arguments.nouns or None)
+    folder = portraits.folder() / "calibration"
+    folder.mkdir(exist_ok=True)
+    first, second = (half[: arguments.nouns or None] for half in halves())
     with torch.inference_mode():
-        benches = {name: Bench(world, name, folder) for name in world.sampling}
-        of = {name: measured(bench, benches["teacher"], (first[some], second[some])) for name, bench in benches.items()}
+        benches = {name: Bench(name, folder) for name in SETTINGS}
+        of = {name: measured(bench, benches["teacher"], (first, second)) for name, bench in benches.items()}
     figures = {
         "calibration_cv_ratio": max(one["cv_ratio"] for one in of.values()),
         "calibration_cv_ratio_by_factors": max(one["cv_ratio_by_factors"] for one in of.values()),
         "calibration_valid": min(one["valid"] for one in of.values()),
-        "weights": weights.hexdigest(),
-        "split": SPLIT,
-        "chosen_on": first[some],
-        "measured_on": second[some],
+        "weights": portraits.digest(),
+        "split": portraits.SPLIT,
+        "chosen_on": first,
+        "measured_on": second,
         "chosen": "the strengths in token norms that make the same mean change as calibrated ones",
         "images_a_point": IMAGES,
         "models": of,
     }
     print(json.dumps({key: value for key, value in figures.items() if key != "models"}, indent=1))
-    if arguments.world == "portraits" and not arguments.nouns:
+    if not arguments.nouns:
         (RESULTS / "calibration.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 

@@ -1,29 +1,42 @@
-"""Diversity against alignment on the demo's student, as the strength of each method grows.
+"""Diversity against alignment on the portraits' student, as the strength of each method grows.
 
-    python -m bench.diversity               all of it: directions, curves, labels, the picture
-    python -m bench.diversity --images 16   the same in little, to see that it runs
+    python -m bench.diversity               all of it, about an hour on two cores
+    python -m bench.diversity --images 8    the same in little, to see that it runs
 
-Directions are found on each prompt they steer, as published, on the teacher and by the nodes themselves. Every
-finished point is kept in bench/results/diversity_points.jsonl, under the digest of both models' weights, and a second
-run goes on where the first stopped. Figures go to bench/results/diversity.json, the curves to
-docs/pictures/diversity_curves.png.
+Directions are found for each prompt on the teacher, by the nodes themselves. Of every method and strength:
 
-Every method changes the conditioning of each image at each step and nothing else:
+* diversity: over the factors that a prompt leaves open, as a share of the teacher's;
+* eight: the share of a factor's values that eight images show, as a share of what eight true pictures show;
+* alignment: the share of what the prompt names that shows;
+* validity: the share of images that are portraits of the world.
 
-* random: a random direction of the concept's row for each image, of the same lengths as ELROND's.
-* uniform: SeedVarianceEnhancer's recipe, uniform noise on a random half of all embedding values, first 20 % of steps.
-* cads: noise annealed away over the steps, ĉ = √γ·c + s·√(1 − γ)·n, rescaled to the mean and deviation of c.
-* pca, sae: one direction at random for each image, as published.
+For each method the strength is chosen on the first half of the concepts: the most diverse one that loses at most
+`LOSS` of the student's alignment. The figures are of the second half at that strength. Every finished point is kept in
+bench/results/collections under the digest of the weights, and a second run goes on where the first stopped. Figures go
+to bench/results/diversity.json, the curves of the second half to docs/pictures/diversity_curves.png.
+
+What each method changes, image by image:
+
+* pca, sae: one direction of the concept at random, as published (ELROND, arXiv 2602.10216).
 * natural: response directions, all at once, each in proportion to how far the teacher's images lie along it.
-* early: the same on the first two of the four steps only.
-* words: as early, along directions between words.
+* early: the same on the first two of the four steps only; first: on the first only.
+* words: the same along told opposites, as Fit Word Directions finds them.
+* random: a random direction of the concept's row, of the same lengths as PCA's.
+* uniform: SeedVarianceEnhancer's recipe, uniform noise on a random half of all embedding values, first fifth of steps.
+* rows: noise on every row of the prompt, whose norm is kept (the variation node proposed for ComfyUI's core).
+* cads: noise annealed away over the steps, rescaled to the mean and deviation of the rows (arXiv 2310.17347).
+* stride: pink noise on the features of a middle block, along their leading components (arXiv 2605.11494).
+* dave: the mean over places of an early block's features, attenuated (arXiv 2606.06813).
+* first_step: the teacher takes the first step (Diversity Distillation, arXiv 2503.10637). It needs the teacher, so it
+  bounds what can be had.
+* early_group: both early and group.
+* group: of several times as many seeds, those whose first estimates lie furthest apart (arXiv 2508.15773).
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import json
 import math
 import time
@@ -32,55 +45,60 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from demo import host
-
-# isort: split
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from demo.captions import WORDS, Caption, compose, open_factors
-from demo.evaluate import STEPS, Demo
-from demo.host_model import WEIGHTS
-from demo.measures import alignment, diversity
-from demo.world import CONTINUOUS, SHAPES, Measurement, measure
+from demo.evaluate import Demo
+from demo.host_model import LATENT_CHANNELS
+from demo.measures import aligned, diversity, open_of, placed
+from demo.portraits.captions import OPEN
+from demo.portraits.world import Factors
 
-PACK = host.pack()
-from comfyui_elrond.elrond_core.decompose.pca import fit_pca  # noqa: E402
-from comfyui_elrond.elrond_core.decompose.response import fit_response  # noqa: E402
-from comfyui_elrond.elrond_core.decompose.sae_training import train_sae  # noqa: E402
-from comfyui_elrond.elrond_core.decompose.words import fit_words  # noqa: E402
-from comfyui_elrond.elrond_core.directions import Directions  # noqa: E402
-from comfyui_elrond.elrond_core.seeding import generator, normal  # noqa: E402
-from comfyui_elrond.elrond_core.steering.draws import change_of, draw_steps  # noqa: E402
-from comfyui_elrond.elrond_core.steering.labels import label  # noqa: E402
-from comfyui_elrond.elrond_core.storage.format import load_gradients, save_gradients  # noqa: E402
+from . import portraits
+from .directions import OPPOSITES
+from .portraits import NODES, RESULTS, collection, demo_of, halves, measures, place_of
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results" / "diversity.json"
-PICTURE = ROOT / "docs" / "pictures" / "diversity_curves.png"
-CONCEPT = "thing"
-# The bare prompt, and one for each word.
-PROMPTS: list[list[str]] = [[], *([word] for words in WORDS.values() for word in words)]
-SEED = 9001
-REALIZATIONS, GRADIENTS, TEACHER_STEPS = 128, 1024, 10
-BINS = 3
-# So many leading directions of each method are labelled.
-LABELLED = 7
-# Effects of a direction smaller than this share of a factor's range are not called a move.
-MOVED = 0.15
+from comfyui_elrond.elrond_core.decompose.pca import fit_pca  # isort: skip
+from comfyui_elrond.elrond_core.decompose.response import fit_response  # isort: skip
+from comfyui_elrond.elrond_core.decompose.sae_training import train_sae  # isort: skip
+from comfyui_elrond.elrond_core.directions import Directions  # isort: skip
+from comfyui_elrond.elrond_core.errors import ElrondError  # isort: skip
+from comfyui_elrond.elrond_core.seeding import generator, normal  # isort: skip
+from comfyui_elrond.elrond_core.steering.draws import change_of, draw_steps  # isort: skip
+
+FIGURES = RESULTS / "diversity.json"
+PICTURE = RESULTS.parents[1] / "docs" / "pictures" / "diversity_curves.png"
+# Concepts of so many open factors, each bare and with one thing named.
+SEVERAL = 5
+PROMPTS = ("a [{}]", "a [{}] on a dark blue wall", "a [{}] on the left")
+SEED, REALIZATIONS, GRADIENTS = 9001, 96, 768
+# The loss of alignment at which methods are compared.
+LOSS = 0.01
+EIGHT, BINS = 8, 4
+# The UNet's block whose features STRIDE and DAVE change, by their authors' choice of an early or middle one.
+EARLY, MIDDLE = "input_blocks.1", "middle_block"
 
 Change = Callable[[torch.Tensor, int, float, int], torch.Tensor]
-"""From rows (N, 16, 128), the concept's row, the noise level and the index of the first image to changed rows."""
+"""From rows (N, 48, 128), the concept's row, the noise level and the index of the first image to changed rows."""
 
 
 @dataclass
-class Method:
-    """A way to diversify: its strengths, and the change that one of them makes to a prompt (by number)."""
+class Way:
+    """How one strength of a method samples a prompt's images.
 
-    strengths: list[float]
-    change: Callable[[float, int], Change]
+    Attributes:
+        rows: changes the conditioning at each step, or None.
+        features: block and change of its features, at each step, or None.
+        first: the model of the first step, where that is another.
+        seeds: so many times as many seeds are started, and the most different ones finished.
+    """
+
+    rows: Change | None = None
+    features: tuple[str, Callable[[torch.Tensor, float, int], torch.Tensor]] | None = None
+    first: Demo | None = None
+    seeds: int = 1
 
 
 def step_rows(vectors: torch.Tensor, rows: torch.Tensor, at: int) -> torch.Tensor:
@@ -90,30 +108,23 @@ def step_rows(vectors: torch.Tensor, rows: torch.Tensor, at: int) -> torch.Tenso
     return out
 
 
-def directed(
-    directions: list[Directions], end: float = 0.0, lowest: float = 0.5, **settings: Any
-) -> Callable[[float, int], Change]:
-    """ELROND: a step for each image along the directions of its prompt, while the noise level is above `end`.
+def directed(found: Directions, strength: float, end: float = 0.0, lowest: float = 0.5, **settings: Any) -> Change:
+    """ELROND: a step for each image along directions, while the noise level is above `end`.
 
     Strengths are drawn from `lowest` times the given one to the given one.
     """
 
-    def of(strength: float, prompt: int) -> Change:
-        found = directions[prompt]
+    def change(rows: torch.Tensor, at: int, sigma: float, first: int) -> torch.Tensor:
+        if sigma <= end:
+            return rows
+        draws = draw_steps(found, first + len(rows), SEED, lowest * strength, strength, **settings)[first:]
+        steps = torch.stack([change_of(found, draw)[0] for draw in draws])
+        if settings.get("method") == "natural":
+            # These are in the embedding's units already.
+            steps = steps / rows[:, at].norm(dim=1, keepdim=True)
+        return step_rows(steps, rows, at)
 
-        def change(rows: torch.Tensor, at: int, sigma: float, first: int) -> torch.Tensor:
-            if sigma <= end:
-                return rows
-            draws = draw_steps(found, first + len(rows), SEED, lowest * strength, strength, **settings)[first:]
-            steps = torch.stack([change_of(found, draw)[0] for draw in draws])
-            if settings.get("method") == "natural":
-                # These are in the embedding's units already.
-                steps = steps / rows[:, at].norm(dim=1, keepdim=True)
-            return step_rows(steps, rows, at)
-
-        return change
-
-    return of
+    return change
 
 
 def random_directions(strength: float) -> Change:
@@ -129,7 +140,7 @@ def random_directions(strength: float) -> Change:
 
 
 def uniform_noise(strength: float) -> Change:
-    """SeedVarianceEnhancer: in embedding units, on half of the values, first fifth of the sampling."""
+    """In embedding units, on half of the values, in the first fifth of the sampling."""
 
     def change(rows: torch.Tensor, at: int, sigma: float, first: int) -> torch.Tensor:
         if sigma < share_to_sigma(0.2):
@@ -144,8 +155,20 @@ def uniform_noise(strength: float) -> Change:
     return change
 
 
+def noisy_rows(strength: float) -> Change:
+    """Noise on each row, as a share of its norm, which is kept."""
+
+    def change(rows: torch.Tensor, at: int, sigma: float, first: int) -> torch.Tensor:
+        noise = normal(tuple(rows.shape[1:]), SEED, "rows", list(range(first, first + len(rows))))
+        norms = rows.norm(dim=2, keepdim=True)
+        moved = rows + strength * norms * noise / math.sqrt(rows.shape[2])
+        return moved * norms / moved.norm(dim=2, keepdim=True).clamp_min(1e-9)
+
+    return change
+
+
 def cads(strength: float, low: float = 0.6, high: float = 0.9) -> Change:
-    """Condition-annealed noise (2310.17347), at its authors' settings but for the strength."""
+    """At its authors' settings but for the strength."""
 
     def change(rows: torch.Tensor, at: int, sigma: float, first: int) -> torch.Tensor:
         gamma = min(max((high - sigma) / (high - low), 0.0), 1.0)
@@ -158,269 +181,303 @@ def cads(strength: float, low: float = 0.6, high: float = 0.9) -> Change:
     return change
 
 
+def stride(strength: float) -> Callable[[torch.Tensor, float, int], torch.Tensor]:
+    """Pink noise over the places, projected on each image's leading components, in the first step."""
+
+    def change(features: torch.Tensor, sigma: float, first: int) -> torch.Tensor:
+        if sigma < share_to_sigma(0.2):
+            return features
+        count, channels, height, width = features.shape
+        noise = normal((channels, height, width), SEED, "stride", list(range(first, first + count)))
+        frequency = (torch.fft.fftfreq(height)[:, None] ** 2 + torch.fft.rfftfreq(width) ** 2).sqrt()
+        pink = torch.fft.irfft2(torch.fft.rfft2(noise) / frequency.clamp_min(1 / height), s=(height, width))
+        flat = features.flatten(2).transpose(1, 2).float()
+        centred = flat - flat.mean(1, keepdim=True)
+        basis = torch.linalg.svd(centred, full_matrices=False).Vh[:, : max(1, height * width // 4)]
+        along = pink.flatten(2).transpose(1, 2) @ basis.mT @ basis
+        along = along * centred.std((1, 2), keepdim=True) / along.std((1, 2), keepdim=True)
+        return features + (strength * along).transpose(1, 2).reshape(features.shape).to(features)
+
+    return change
+
+
+def dave(strength: float) -> Callable[[torch.Tensor, float, int], torch.Tensor]:
+    """The mean over places, attenuated in the first step."""
+
+    def change(features: torch.Tensor, sigma: float, first: int) -> torch.Tensor:
+        return features if sigma < share_to_sigma(0.2) else features - strength * features.mean((2, 3), keepdim=True)
+
+    return change
+
+
 def share_to_sigma(share: float, shift: float = 2.0) -> float:
     """The noise level at a share of the demo's sampling, as the host converts a start or end percent."""
     return shift * (1 - share) / (1 + (shift - 1) * (1 - share))
 
 
-def sample(demo: Demo, words: list[str], count: int, seed: int, change: Change | None) -> torch.Tensor:
-    """Images of one prompt, with the conditioning changed at every step."""
-    rows = demo.encode(" ".join(["a", *words, CONCEPT])).repeat(count, 1, 1)
-    noise = normal((24, 8, 8), seed, "noise", list(range(count)))
-    if change is None:
-        return demo.sample(rows, seed, noise)
-    at = 2 + len(words)
-    images = []
-    size = 64
-    for first in range(0, count, size):
-
-        def wrapper(apply: Any, given: dict[str, Any], first: int = first) -> torch.Tensor:
-            context = given["c"]["c_crossattn"]
-            # The host splits a batch that memory does not hold, and an image would get another's change.
-            assert len(context) == min(size, count - first)
-            changed = change(context.float(), at, float(given["timestep"].flatten()[0]), first)
-            return apply(given["input"], given["timestep"], **{**given["c"], "c_crossattn": changed.to(context)})
-
-        model = demo.model.clone()
-        model.set_model_unet_function_wrapper(wrapper)
-        part = slice(first, first + size)
-        images.append(replace(demo, model=model).sample(rows[part], seed, noise[part]))
-    return torch.cat(images)
+def apart(estimates: torch.Tensor, count: int) -> list[int]:
+    """Greedily the images whose first estimates lie furthest from those taken before."""
+    flat = estimates.flatten(1)
+    distances = torch.cdist(flat, flat)
+    taken = [0]
+    while len(taken) < count:
+        nearest = distances[:, taken].amin(1)
+        nearest[taken] = -1
+        taken.append(int(nearest.argmax()))
+    return taken
 
 
-def coverage(seen: Measurement, factors: list[str]) -> float:
-    """Share of the cells of factor space that valid images fall in, of what as many of the world's own would."""
-    cells = np.zeros(int(seen.valid.sum()), dtype=np.int64)
-    total = 1
-    for name in factors:
-        values = seen.factors[name][seen.valid]
-        bins = len(SHAPES) if name == "shape" else BINS
-        place = values if name == "shape" else (values.clamp(0, 1 - 1e-6) * bins).long()
-        cells = cells * bins + place.numpy()
-        total *= bins
-    return len(np.unique(cells)) / (total * (1 - (1 - 1 / total) ** len(seen.error)))
-
-
-def point(demo: Demo, images: int, change_of_prompt: Callable[[int], Change] | None) -> dict[str, float]:
-    """One point of a curve: all prompts, so many images each, twice as many of the bare one."""
-    shares: dict[str, list[float]] = {"diversity": [], "coverage": [], "alignment": [], "validity": []}
-    for number, words in enumerate(PROMPTS):
-        caption: Caption = compose(CONCEPT, words)
-        count = images if words else 2 * images
-        change = change_of_prompt(number) if change_of_prompt else None
-        seen = measure(sample(demo, words, count, SEED + number, change))
-        free = [name for name in open_factors(CONCEPT) if name not in caption.named]
-        shares["diversity"].append(diversity(seen, free))
-        shares["coverage"].append(coverage(seen, free))
-        shares["validity"].append(float(seen.valid.float().mean()))
-        if words:
-            shares["alignment"].append(alignment([caption] * count, seen))
-    return {name: float(np.mean(values)) for name, values in shares.items()}
-
-
-def discover(teacher: Demo, folder: Path) -> dict[str, list[Directions]]:
-    """Directions of the concept in every prompt by each method; gradients are made once and kept in a folder."""
-    nodes = {node.define_schema().node_id: node for node in PACK.NODES}
-    found: dict[str, list[Directions]] = {"pca": [], "sae": [], "response": [], "words": []}
-    tried = [word for some in WORDS.values() for word in some]
-    for words in PROMPTS:
-        path = folder / f"{' '.join(words) or 'bare'}.safetensors"
-        if not path.is_file():
-            prompt = " ".join(["a", *words, f"[{CONCEPT}]"])
-            with torch.inference_mode():
-                positive = nodes["ElrondEncodeConcept"].execute(teacher.clip, prompt, "", 1).args[0]
-                drawn = nodes["ElrondSampleRealizations"].execute(
-                    teacher.model, positive, 64, 64, REALIZATIONS, 64, 0, TEACHER_STEPS, 1.0, "euler", "simple"
-                )
-                gradients = nodes["ElrondCollectGradients"].execute(
-                    teacher.model, positive, drawn.args[0], GRADIENTS, 1.0, 64, 0, True
-                )
-            save_gradients(gradients.args[0], path)
-        gradients = load_gradients(path)
-        found["pca"].append(fit_pca(gradients)[0])
-        found["sae"].append(train_sae(gradients).directions)
-        found["response"].append(fit_response(gradients)[0])
-        at = 2 + len(words)
-        moved = [teacher.encode(" ".join(["a", *words, word, CONCEPT]))[0, at + 1 : at + 2] for word in tried]
-        bare = teacher.encode(" ".join(["a", *words, CONCEPT]))[0, at : at + 1]
-        found["words"].append(fit_words(gradients, tried, bare, torch.stack(moved)))
-    return found
-
-
-def methods(found: dict[str, list[Directions]]) -> dict[str, Method]:
-    """All curves."""
-    steps = [0.1, 0.2, 0.35, 0.5, 0.75, 1.0]
-    parts = [0.1, 0.2, 0.3, 0.45, 0.7, 1.0]
-    natural = {"lowest": 1.0, "method": "natural"}
-    return {
-        "random": Method([*steps[1:], 1.5, 2.0], lambda s, _: random_directions(s)),
-        "uniform": Method([0.5, 0.75, 1.0, 1.5, 2.0, 3.0], lambda s, _: uniform_noise(s)),
-        "cads": Method([0.025, 0.05, 0.1, 0.15, 0.25, 0.4], lambda s, _: cads(s)),
-        "pca": Method(steps, directed(found["pca"])),
-        "sae": Method(steps, directed(found["sae"], both_signs=False)),
-        "natural": Method(parts, directed(found["response"], **natural)),
-        "early": Method([*parts, 1.4], directed(found["response"], end=share_to_sigma(0.3), **natural)),
-        "words": Method([*parts, 1.4], directed(found["words"], end=share_to_sigma(0.3), **natural)),
-    }
-
-
-def label_agreement(teacher: Demo, found: dict[str, list[Directions]], images: int) -> dict[str, Any]:
-    """How often the word that Label Directions suggests belongs to the factor that the direction moves most.
-
-    Of every method's leading directions of the bare prompt, those that move a factor.
-    """
-    factor_of = {word: factor for factor, words in WORDS.items() for word in words}
-    words = list(factor_of)
-    bare = teacher.encode(f"a {CONCEPT}")[0, 2:3]
-    moved = torch.stack([teacher.encode(f"a {word} {CONCEPT}")[0, 3:4] for word in words])
-    rows = []
-    for method, of_prompt in found.items():
-        directions = of_prompt[0]
-        for index, suggested in enumerate(label(directions, words, bare, moved)[:LABELLED]):
-            effect = effects(teacher, directions.vectors[index], images)
-            most = max(effect, key=lambda name: effect[name])
-            word, score = suggested.best
-            rows.append(
-                {
-                    "method": method,
-                    "direction": index,
-                    "moves": most if effect[most] >= MOVED else None,
-                    "effect": effect,
-                    "word": word,
-                    "score": score,
-                    "factor": factor_of.get(word),
-                }
+def images_of(demo: Demo, prompt: str, count: int, seed: int, way: Way) -> torch.Tensor:
+    """Pictures (count, 3, 64, 64) of one prompt."""
+    text = prompt.translate(str.maketrans("", "", "[]"))
+    noise = normal((LATENT_CHANNELS, 8, 8), seed, "noise", list(range(count * way.seeds)))
+    rows, at = demo.encode(text), place_of(demo, prompt)
+    if way.seeds > 1:
+        sigma = torch.ones(1)
+        with torch.inference_mode():
+            unet = demo.model.model.diffusion_model
+            velocity = torch.cat(
+                [
+                    unet(part, 1000 * sigma.expand(len(part)), context=rows.expand(len(part), -1, -1))
+                    for part in noise.split(64)
+                ]
             )
-    right = {
-        method: [row["moves"] == row["factor"] for row in rows if row["moves"] and row["method"] == method]
-        for method in found
-    }
-    every = [one for some in right.values() for one in some]
+        # In groups, so that a group's images differ from each other.
+        estimates = noise - velocity
+        size = EIGHT * way.seeds
+        noise = torch.cat([n[apart(e, EIGHT)] for n, e in zip(noise.split(size), estimates.split(size), strict=True)])
+    made = []
+    for first in range(0, count, 64):
+        part = noise[first : first + 64]
+        made.append(_sampled(demo, rows.repeat(len(part), 1, 1), part, at, first, seed, way))
+    return demo.decode(torch.cat(made))
+
+
+def _sampled(
+    demo: Demo, rows: torch.Tensor, noise: torch.Tensor, at: int, first: int, seed: int, way: Way
+) -> torch.Tensor:
+    model = demo.model.clone()
+    level = [0.0]
+
+    def wrapper(apply: Any, given: dict[str, Any]) -> torch.Tensor:
+        level[0] = float(given["timestep"].flatten()[0])
+        context = given["c"]["c_crossattn"]
+        # The host splits a batch that memory does not hold, and an image would get another's change.
+        assert len(context) == len(rows)
+        if way.rows is not None:
+            context = way.rows(context.float(), at, level[0], first).to(context)
+        if way.first is not None and level[0] > share_to_sigma(0.2):
+            unet = way.first.model.model.diffusion_model
+            return given["input"] - level[0] * unet(given["input"], given["timestep"] * 1000, context=context)
+        return apply(given["input"], given["timestep"], **{**given["c"], "c_crossattn": context})
+
+    model.set_model_unet_function_wrapper(wrapper)
+    hook = None
+    if way.features is not None:
+        block, change = way.features
+        # The host calls a block's layers one by one, and not the block.
+        module = demo.model.model.diffusion_model.get_submodule(block)[-1]
+        hook = module.register_forward_hook(lambda _, __, out: change(out, level[0], first))
+    try:
+        return replace(demo, model=model).latents(rows, seed, noise)
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+def shown_by_eight(text: str, read: Factors) -> float:
+    """The share of an open factor's values (continuous ones in `BINS` parts) that eight images show.
+
+    Divided by what eight true pictures show on average.
+    """
+    shares = []
+    for factor, allowed in open_of(text).items():
+        where = placed(allowed, read[factor])
+        kinds = len(allowed) if isinstance(allowed, frozenset) else BINS
+        cells = where if isinstance(allowed, frozenset) else (where * BINS).long().clamp(0, BINS - 1)
+        groups = cells[: len(cells) // EIGHT * EIGHT].reshape(-1, EIGHT)
+        shown = [len(set(group.tolist()) - {-1}) for group in groups]
+        shares.append(float(np.mean(shown)) / (kinds * (1 - (1 - 1 / kinds) ** EIGHT)))
+    return float(np.mean(shares))
+
+
+def point(name: str, nouns: list[str], images: int, way_of: Callable[[str], Way]) -> dict[str, float]:
+    """One point of a curve: all prompts of some nouns, so many images each."""
+    found: dict[str, list[float]] = {"diversity": [], "eight": [], "alignment": [], "validity": []}
+    for noun in nouns:
+        for number, template in enumerate(PROMPTS):
+            prompt = template.format(noun)
+            text = prompt.translate(str.maketrans("", "", "[]"))
+            pixels = images_of(demo_of(name), prompt, images, SEED + number, way_of(prompt))
+            read = measures().measure(pixels)
+            found["diversity"].append(diversity(text, read))
+            found["eight"].append(shown_by_eight(text, read))
+            found["alignment"].append(aligned([text] * images, read))
+            found["validity"].append(float(measures().valid(pixels).float().mean()))
+    return {key: float(np.mean(values)) for key, values in found.items()}
+
+
+@functools.cache
+def directions_of(prompt: str, method: str) -> Directions:
+    """A prompt's directions on the teacher."""
+    gradients = collection("teacher", prompt, REALIZATIONS, GRADIENTS)
+    if method == "sae":
+        return train_sae(gradients).directions
+    if method == "words":
+        fit = NODES["ElrondFitWords"].execute
+        return fit(gradients, demo_of("teacher").clip, words=OPPOSITES, significance=1.0, most=16, pairs="told").args[0]
+    return fit_pca(gradients)[0] if method == "pca" else fit_response(gradients)[0]
+
+
+def along_words(strength: float, prompt: str) -> Way:
+    """Natural steps between told opposites; none where the prompt's images vary along none of them."""
+    try:
+        found = directions_of(prompt, "words")
+    except ElrondError:
+        return Way()
+    return Way(directed(found, strength, lowest=1.0, method="natural"))
+
+
+# For each method its strengths, and how one of them samples a prompt.
+_HALF, _FIRST = share_to_sigma(0.3), share_to_sigma(0.05)
+METHODS: dict[str, tuple[list[float], Callable[[float, str], Way]]] = {
+    "pca": ([0.3, 0.6, 0.9, 1.3], lambda s, p: Way(directed(directions_of(p, "pca"), s))),
+    "sae": ([0.4, 0.8, 1.2], lambda s, p: Way(directed(directions_of(p, "sae"), s, both_signs=False))),
+    "natural": (
+        [0.1, 0.2, 0.35, 0.6, 1.0],
+        lambda s, p: Way(directed(directions_of(p, "response"), s, lowest=1.0, method="natural")),
+    ),
+    "early": (
+        [0.1, 0.2, 0.35, 0.45, 0.6, 1.0],
+        lambda s, p: Way(directed(directions_of(p, "response"), s, _HALF, lowest=1.0, method="natural")),
+    ),
+    "first": (
+        [0.35, 0.6, 1.0, 1.5],
+        lambda s, p: Way(directed(directions_of(p, "response"), s, _FIRST, lowest=1.0, method="natural")),
+    ),
+    "words": ([0.1, 0.2, 0.35, 0.6, 1.0], along_words),
+    "early_group": (
+        [0.2, 0.35, 0.45],
+        lambda s, p: Way(directed(directions_of(p, "response"), s, _HALF, lowest=1.0, method="natural"), seeds=4),
+    ),
+    "random": ([0.6, 1.2, 2.0], lambda s, _: Way(random_directions(s))),
+    "uniform": ([0.5, 1.0, 2.0], lambda s, _: Way(uniform_noise(s))),
+    "rows": ([0.2, 0.4, 0.8], lambda s, _: Way(noisy_rows(s))),
+    "cads": ([0.05, 0.1, 0.2, 0.4], lambda s, _: Way(cads(s))),
+    "stride": ([0.25, 0.5, 1.0], lambda s, _: Way(features=(MIDDLE, stride(s)))),
+    "dave": ([0.25, 0.5, 1.0], lambda s, _: Way(features=(EARLY, dave(s)))),
+    "group": ([4], lambda s, _: Way(seeds=int(s))),
+    "first_step": ([1.0], lambda s, _: Way(first=demo_of("teacher"))),
+}
+OURS = ("pca", "sae", "natural", "early", "first", "words", "early_group")
+
+
+def summary(curves: dict[str, dict[str, list[dict[str, float]]]]) -> dict[str, Any]:
+    """Each method at the strength that the first half chooses, on the second half."""
+    first, second = curves["first"], curves["second"]
+    least = first["student"][0]["alignment"] - LOSS
+    student, teacher = second["student"][0], second["teacher"][0]
+    of: dict[str, Any] = {}
+    for method in METHODS:
+        good = [i for i, p in enumerate(first[method]) if p["alignment"] >= least]
+        if not good:
+            of[method] = None
+            continue
+        best = max(good, key=lambda i: first[method][i]["diversity"])
+        seen = second[method][best]
+        of[method] = {
+            "strength": seen["strength"],
+            "share_of_teacher": seen["diversity"] / teacher["diversity"],
+            "eight_of_teacher": seen["eight"] / teacher["eight"],
+            "alignment_loss": student["alignment"] - seen["alignment"],
+            "validity_loss": student["validity"] - seen["validity"],
+        }
+    ours = {m: of[m] for m in OURS if of[m]}
+    best = max(ours, key=lambda m: ours[m]["share_of_teacher"], default=None)
     return {
-        "agreement": float(np.mean(every)) if every else None,
-        "right": {method: [sum(some), len(some)] for method, some in right.items()},
-        "directions": rows,
-    }
-
-
-def effects(teacher: Demo, vector: torch.Tensor, images: int) -> dict[str, float]:
-    """How far a direction (1, d) moves each factor of the bare prompt's images, from -0.7 to 0.7 token norms."""
-    ends = []
-    for sign in (-1, 1):
-        step = sign * 0.7 * vector
-
-        def change(rows: torch.Tensor, at: int, sigma: float, first: int, step: torch.Tensor = step) -> torch.Tensor:
-            return step_rows(step.expand(len(rows), -1), rows, at)
-
-        ends.append(measure(sample(teacher, [], images, SEED, change)))
-    effect = {
-        name: float((ends[1].factors[name] - ends[0].factors[name]).clamp(-1, 1).mean().abs()) for name in CONTINUOUS
-    }
-    shares = [torch.bincount(end.factors["shape"], minlength=len(SHAPES)) / images for end in ends]
-    effect["shape"] = float((shares[1] - shares[0]).abs().sum() / 2)
-    return effect
-
-
-def summary(curves: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """What the goals are about."""
-    student, teacher = curves["student"][0], curves["teacher"][0]
-    best = {}
-    for name, points in curves.items():
-        good = [p["diversity"] for p in points if p["alignment"] >= student["alignment"] - 0.01]
-        best[name] = max(good, default=math.nan) / student["diversity"]
-    elrond = {name: best[name] for name in ("pca", "sae", "natural", "early", "words")}
-    return {
-        "best_ratio_at_1pct_loss": max(elrond.values()),
-        "best_ratio_at_1pct_loss_of": {k: (v if math.isfinite(v) else None) for k, v in best.items()},
-        "teacher_ratio": teacher["diversity"] / student["diversity"],
+        "best": best,
+        "diversity_share_of_teacher_at_1pct": ours[best]["share_of_teacher"] if best else None,
+        "validity_loss": ours[best]["validity_loss"] if best else None,
+        "student_share_of_teacher": student["diversity"] / teacher["diversity"],
+        "methods": of,
     }
 
 
 def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Diversity over alignment; up and to the right is better."""
-    figure = Figure(figsize=(10, 5), dpi=110, layout="constrained")
+    """Diversity over alignment and over validity; up and to the right is better."""
+    figure = Figure(figsize=(11, 5), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    colours = ["#777777", "#56B4E9", "#CC79A7", "#E69F00", "#D55E00", "#0072B2", "#009E73", "#000000"]
-    for axes, measure_ in zip(figure.subplots(1, 2), ("diversity", "coverage"), strict=True):
-        lines = [name for name in curves if name not in ("student", "teacher")]
-        for name, colour in zip(lines, colours, strict=True):
+    teacher = curves["teacher"][0]
+    for axes, across in zip(figure.subplots(1, 2), ("alignment", "validity"), strict=True):
+        for name in METHODS:
             points = [*curves["student"], *curves[name]]
-            style = "-o" if name in ("pca", "sae", "natural", "early", "words") else "--o"
-            title = {"pca": "ELROND PCA", "sae": "ELROND SAE", "natural": "ELROND natural"}.get(name, name)
-            title = {"early": "ELROND natural, first half only", "words": "the same between words"}.get(name, title)
+            ours = name in OURS
             axes.plot(
-                [p["alignment"] for p in points],
-                [p[measure_] for p in points],
-                style,
-                color=colour,
+                [p[across] for p in points],
+                [p["diversity"] / teacher["diversity"] for p in points],
+                "-o" if ours else "--o",
                 markersize=3,
-                label=title,
+                label=f"ELROND {name}" if ours else name,
             )
         for name, marker in (("student", "s"), ("teacher", "*")):
             spot = curves[name][0]
-            axes.plot(spot["alignment"], spot[measure_], marker, color="black", markersize=10, label=name)
-        axes.axvline(curves["student"][0]["alignment"] - 0.01, color="black", linewidth=0.5)
-        axes.set(xlabel="alignment: share of named attributes right", ylabel=f"{measure_} (1 is the world's own)")
+            share = spot["diversity"] / teacher["diversity"]
+            axes.plot(spot[across], share, marker, color="black", markersize=10, label=name)
+        axes.set(xlabel=across, ylabel="diversity, as a share of the teacher's")
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=8)
+    figure.axes[0].legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.print_png(str(path))
 
 
 def main() -> None:
     """Run the bench."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=48, help="images of each prompt with a word; 2 x of the bare one")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--images", type=int, default=24, help="images of each prompt")
+    parser.add_argument("--few", type=int, default=0, help="so many concepts of each half only")
+    parser.add_argument("--half", choices=("first", "second"), help="points of one half only, for two at once")
     arguments = parser.parse_args()
     began = time.monotonic()
-    weights = hashlib.blake2b(digest_size=6)
-    for name in ("teacher", "student"):
-        weights.update((WEIGHTS / f"{name}.safetensors").read_bytes())
-    version = weights.hexdigest()
-    folder = ROOT / "output" / "bench" / version
-    folder.mkdir(parents=True, exist_ok=True)
-    student, teacher = Demo.load("student"), Demo.load("teacher")
-    found = discover(teacher, folder)
-    points_file = arguments.out.with_name(arguments.out.stem + "_points.jsonl")
-    lines = points_file.read_text().splitlines() if points_file.is_file() else []
-    done: dict[str, Any] = dict(map(json.loads, lines))
+    several = [noun for noun in portraits.CONCEPTS if len(OPEN[noun]) >= SEVERAL]
+    parts = [half[: arguments.few or None] for half in halves(several)]
+    of_half = dict(zip(("first", "second"), parts, strict=True))
+    kept = portraits.folder() / "diversity.jsonl"
+    done: dict[str, Any] = dict(map(json.loads, kept.read_text().splitlines())) if kept.is_file() else {}
 
-    def once(key: str, work: Callable[[], Any]) -> Any:
-        key = f"{version} {arguments.images} {key}"
+    def once(half: str, method: str, model: str, way_of: Callable[[str], Way], **more: float) -> dict[str, float]:
+        key = f"{arguments.images} {arguments.few} {half} {method} {more}"
         if key not in done:
-            done[key] = work()
-            with points_file.open("a") as file:
+            done[key] = {**more, **point(model, of_half[half], arguments.images, way_of)}
+            with kept.open("a") as file:
                 file.write(json.dumps([key, done[key]]) + "\n")
+            print(half, method, " ".join(f"{k} {v:.3f}" for k, v in done[key].items()), flush=True)
         return done[key]
 
-    curves: dict[str, list[dict[str, float]]] = {
-        "student": [once("student", lambda: point(student, arguments.images, None))],
-        "teacher": [once("teacher", lambda: point(teacher, arguments.images, None))],
-    }
-    for name, method in methods(found).items():
-        curves[name] = []
-        for strength in method.strengths:
-            change = functools.partial(method.change, strength)
-            seen = once(f"{name} {strength}", lambda change=change: point(student, arguments.images, change))
-            curves[name].append({"strength": strength, **seen})
-            print(name, strength, " ".join(f"{k} {v:.3f}" for k, v in seen.items()), flush=True)
-    labels = once("labels", lambda: label_agreement(teacher, found, arguments.images))
+    curves: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for half in [arguments.half] if arguments.half else of_half:
+        curves[half] = {name: [once(half, name, name, lambda _: Way())] for name in ("student", "teacher")}
+        for method, (strengths, way) in METHODS.items():
+            curves[half][method] = [
+                once(half, method, "student", functools.partial(way, s), strength=float(s)) for s in strengths
+            ]
+    if arguments.half:
+        return
     figures = {
-        "images_a_point": arguments.images * (len(PROMPTS) + 1),
-        "prompts": len(PROMPTS),
-        "steps": STEPS,
-        "weights": version,
         **summary(curves),
-        "label_agreement": labels["agreement"],
-        "label_agreement_of": labels["right"],
-        "labels": labels,
-        "methods": curves,
+        "images_a_prompt": arguments.images,
+        "prompts": list(PROMPTS),
+        "weights": portraits.digest(),
+        "split": portraits.SPLIT,
+        "chosen_on": of_half["first"],
+        "measured_on": of_half["second"],
+        "chosen": f"each method's strength: the most diverse that loses at most {LOSS} of the student's alignment",
+        "curves": curves,
         "seconds": time.monotonic() - began,
     }
-    arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
-    draw(curves, PICTURE if arguments.out == RESULTS else arguments.out.with_suffix(".png"))
-    print(json.dumps({k: v for k, v in figures.items() if k not in ("methods", "labels")}, indent=1))
+    print(json.dumps({k: v for k, v in figures.items() if k != "curves"}, indent=1))
+    if not arguments.few:
+        FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
+        draw(curves["second"], PICTURE)
 
 
 if __name__ == "__main__":

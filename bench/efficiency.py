@@ -13,8 +13,7 @@ compared with a reference of other realizations and other noise, by reconstructi
 
 Latents and gradients are kept in bench/results/collections, under the digest of the weights, and a second run goes on
 where the first stopped. Figures go to bench/results/gradients.json, under `evaluations`, the table to
-docs/efficiency.md, the curves to docs/pictures/efficiency.png. Realizations are sampled in bfloat16 arithmetic, in
-which the teacher was trained.
+docs/efficiency.md, the curves to docs/pictures/efficiency.png.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from sklearn.covariance import ledoit_wolf
 
-from demo.evaluate import STEPS, Demo
+from demo.evaluate import SETTINGS, Demo
 from demo.host_model import LATENT_CHANNELS, WEIGHTS
 
 PACK = demo_host.pack()
@@ -59,7 +58,7 @@ RESULTS = ROOT / "bench" / "results" / "gradients.json"
 PICTURE = ROOT / "docs" / "pictures" / "efficiency.png"
 PAGE = ROOT / "docs" / "efficiency.md"
 BEGIN, END = "<!-- figures: bench/efficiency.py writes what follows -->", "<!-- end of figures -->"
-NOUN = "thing"
+NOUN = "person"
 SHAPE = (LATENT_CHANNELS, 8, 8)
 # Items a batch: samples without gradients are faster in larger ones.
 GRADED, SAMPLED = 64, 256
@@ -158,13 +157,13 @@ class Bench:
         return torch.cat(out)
 
     def realizations(
-        self, seed: int, count: int, steps: int = STEPS["teacher"], sampler: str = "euler"
+        self, seed: int, count: int, steps: int = SETTINGS["teacher"].steps, sampler: str = "euler"
     ) -> torch.Tensor:
-        """Latents (count, 24, 8, 8) of the concept; number i depends on the seed and i only."""
+        """Latents (count, 16, 8, 8) of the concept; number i depends on the seed and i only."""
 
         def make(indices: list[int]) -> torch.Tensor:
             empty = torch.zeros(len(indices), *SHAPE)
-            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            with torch.inference_mode():
                 made = host.sample(
                     self.demo.model,
                     self.positive,
@@ -173,7 +172,7 @@ class Bench:
                     indices[0],
                     seed,
                     steps,
-                    self.demo.cfg,
+                    self.demo.settings.cfg,
                     sampler,
                     "simple",
                 )
@@ -183,7 +182,9 @@ class Bench:
 
     def sample(self, model: Any, empty: torch.Tensor, first: int, seed: int, steps: int, sampler: str) -> torch.Tensor:
         """Latents of the concept, as Sample Realizations makes them."""
-        return host.sample(model, self.positive, None, empty, first, seed, steps, self.demo.cfg, sampler, "simple")
+        return host.sample(
+            model, self.positive, None, empty, first, seed, steps, self.demo.settings.cfg, sampler, "simple"
+        )
 
     def calls_of(self, steps: int, sampler: str) -> int:
         """Denoiser calls of one realization, counted."""
@@ -219,7 +220,7 @@ class Bench:
                 return found.transpose(0, 1).flatten(2)
 
             return host.with_denoiser(
-                self.demo.model, self.positive, None, self.demo.cfg, torch.zeros(1, *SHAPE), 0, work
+                self.demo.model, self.positive, None, self.demo.settings.cfg, torch.zeros(1, *SHAPE), 0, work
             )
 
         return self.kept(name, count, make)
@@ -278,7 +279,7 @@ class Recipes:
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
         self.pool = bench.realizations(1, bench.count(REALIZATIONS))
-        self.steps = bench.calls_of(STEPS["teacher"], "euler")
+        self.steps = bench.calls_of(SETTINGS["teacher"].steps, "euler")
 
     def reference(self) -> Moments:
         """Moments of the reference, of realizations and noise that no recipe uses."""

@@ -1,9 +1,9 @@
-"""How much of what the demo's shipped directions change falls outside the shape, with and without a mask.
+"""How much of what the demo's shipped directions change falls outside the person, with and without a mask.
 
     python -m bench.locality
 
 Everything is done by the nodes themselves at their default settings, on the student; the region a leak is measured
-against is the shape itself, as the world draws what it measures in the unsteered image. Figures go to
+against is the person, as the world draws what it measures in the unsteered image. Figures go to
 bench/results/locality.json, by directions file.
 """
 
@@ -19,7 +19,8 @@ from demo import host
 import torch
 
 from demo.evaluate import Demo
-from demo.world import measure, render
+from demo.portraits import measure
+from demo.portraits.world import role_shares
 
 PACK = host.pack()
 from comfyui_elrond.elrond_core.steering.locality import Leak, measure_leak  # noqa: E402
@@ -28,6 +29,7 @@ from comfyui_elrond.elrond_core.storage.format import load_directions  # noqa: E
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "locality.json"
 IMAGES, SEED = 64, 4001
+MEASURES = measure.load()
 NODES = {node.GET_SCHEMA().node_id: node for node in PACK.NODES}
 
 
@@ -39,16 +41,16 @@ def run(name: str, **inputs: Any) -> Any:
         return NODES[name].execute(**{**usual, **inputs}).args
 
 
-def shapes(images: torch.Tensor) -> torch.Tensor:
-    """Whether the shape covers a pixel, float (N, 64, 64): on a grey ground only it has a colour."""
-    drawn = render(measure(images).factors)
-    covered = (drawn.amax(-1) > drawn.amin(-1)).float()
-    return covered.repeat_interleave(2, 1).repeat_interleave(2, 2)
+def people(images: torch.Tensor) -> torch.Tensor:
+    """Whether a person covers a pixel, float (N, 64, 64), of images (N, 64, 64, 3)."""
+    shares, _ = role_shares(MEASURES.measure(images.movedim(-1, 1)))
+    # The last is what is seen of the background.
+    return (shares[:, -1] < 0.5).float()
 
 
-def rank(answer: torch.Tensor, shape: torch.Tensor) -> float:
-    """How often a cell within the shape answers more than one beside it (area under the ROC curve)."""
-    cover = torch.nn.functional.avg_pool2d(shape[:, None], 8)[:, 0]
+def rank(answer: torch.Tensor, person: torch.Tensor) -> float:
+    """How often a cell within the person answers more than one beside it (area under the ROC curve)."""
+    cover = torch.nn.functional.avg_pool2d(person[:, None], 8)[:, 0]
     pairs = zip(answer, cover, strict=True)
     return float(torch.stack([(a[c > 0.5][:, None] > a[c == 0][None]).float().mean() for a, c in pairs]).mean())
 
@@ -61,7 +63,8 @@ def of_file(path: Path) -> dict[str, Any]:
 
     def sampled(conditioning: Any) -> Any:
         settings = {"width": 64, "height": 64, "count": IMAGES, "batch_size": IMAGES, "seed": SEED}
-        settings |= {"steps": demo.steps, "cfg": demo.cfg, "sampler_name": "euler", "scheduler": "simple"}
+        settings |= {"steps": demo.settings.steps, "cfg": demo.settings.cfg, "sampler_name": demo.settings.sampler}
+        settings |= {"scheduler": demo.settings.scheduler}
         return run("ElrondSampleRealizations", model=demo.model, positive=conditioning, **settings)[0]
 
     def picture(latents: Any) -> torch.Tensor:
@@ -70,7 +73,7 @@ def of_file(path: Path) -> dict[str, Any]:
 
     latents = sampled(positive)
     before = picture(latents)
-    shape = shapes(before)
+    person = people(before)
     mask, answer = run(
         "ElrondConceptMask", model=demo.model, positive=positive, samples=latents, batch_size=IMAGES, seed=SEED
     )
@@ -85,12 +88,12 @@ def of_file(path: Path) -> dict[str, Any]:
                 "ElrondApplyDirection", conditioning=positive, directions=directions, index=index, mask=region
             )[0]
             after = picture(sampled(steered))
-            found[key].append(measure_leak(before.movedim(-1, 1), after.movedim(-1, 1), shape))
-            valid[key].append(float(measure(after).valid.float().mean()))
+            found[key].append(measure_leak(before.movedim(-1, 1), after.movedim(-1, 1), person))
+            valid[key].append(float(MEASURES.valid(after.movedim(-1, 1)).float().mean()))
         print(path.stem, index, {key: round(leaks[-1].mean, 3) for key, leaks in found.items()}, flush=True)
     return {
         "images": IMAGES,
-        "region_rank": rank(answer, shape),
+        "region_rank": rank(answer, person),
         "leak_by_direction": {key: [leak.mean for leak in leaks] for key, leaks in found.items()},
         **{
             key: {

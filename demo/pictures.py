@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-_CELL, _GAP, _LEFT, _TOP = 96, 4, 210, 28
+_CELL, _GAP, _LEFT, _TOP = 96, 4, 250, 28
 
 
 def sheet(path: Path, rows: list[tuple[str, torch.Tensor]], columns: list[str] | None = None, title: str = "") -> None:
@@ -55,7 +55,7 @@ def complexity_chart(path: Path, rows: list[dict[str, Any]]) -> None:
         axes.annotate(str(row["concept"]), (row["true"], row["estimate"]), xytext=(6, 4), textcoords="offset points")
     axes.set_xlabel("open factors of the concept (true)")
     axes.set_ylabel("estimated dimension")
-    axes.set_xlim(0.5, 6.7)
+    axes.set_xlim(0.5, 11.2)
     axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.print_png(str(path))

@@ -23,23 +23,38 @@ from scipy.stats import spearmanr
 
 from elrond_core.storage.format import load_directions
 
-from .captions import NOUNS, Caption, compose, open_factors
-from .measures import alignment, diversity
+from .measures import aligned, diversity
 from .pictures import complexity_chart, sheet
+from .portraits import measure
+from .portraits.captions import OPEN
+from .portraits.world import CATEGORICAL, CONTINUOUS, FACTORS, Factors
 from .server import Server, ServerError, progress_bar
-from .world import CONTINUOUS, SHAPES, measure
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "output" / "demo"
-CONCEPT = "thing"
-STRENGTHS = [-1.0, -0.67, -0.33, 0.0, 0.33, 0.67, 1.0]
-HELD_OUT_SEEDS = 8
-SWEEP_SEED = 7001
-DIRECTIONS, SWEPT = "demo thing words", 8
+CONCEPT = "person"
+# As far as directions normalised by the response need on average for a change as large as PCA's at 0.8.
+STRENGTHS = [-2.0, -1.0, 0.0, 1.0, 2.0]
+# The leading directions that are swept: as many as Direction Sweep shows.
+LEADING = 8
+SEEDS = 16
+SEED = 7001
+# Directions that the workflow `discover` saves: normalised by the response, and labelled.
+FILE = "demo person"
 STEPS = {"teacher": 20, "student": 4}
-# One prompt with nothing named, and one naming a value of each factor.
-PROMPTS = [[], ["red"], ["square"], ["large"], ["left"], ["bottom"], ["dark"]]
+# One prompt with nothing named, and others that name one thing each.
+PROMPTS = [
+    "a [person]",
+    "a smiling [person]",
+    "a bearded [person]",
+    "a [person] with long hair",
+    "a [person] with glasses",
+    "a [person] in a red shirt",
+    "a [person] on a dark blue wall",
+]
 IMAGES = 64
+# One noun for each number of open factors, the first of its kind in the list of nouns.
+CONCEPTS = {len(factors): noun for noun, factors in reversed(OPEN.items())}
 
 
 class Demo:
@@ -60,10 +75,9 @@ class Demo:
         return torch.from_numpy(np.stack(pictures))
 
     def sample(self, model: str, prompts: Sequence[tuple[str, dict[str, Any] | None]], count: int, seed: int) -> list:
-        """Images of several prompts of the concept, each with a steering node's inputs or None, in one graph."""
+        """Images of several prompts, each with a steering node's inputs or None, in one graph."""
         graph: dict[str, Any] = {
             "model": _node("ElrondLoadDemoModel", name=model),
-            "directions": _node("ElrondLoadDirections", name=DIRECTIONS),
             "empty": _node("CLIPTextEncode", clip=["model", 1], text=""),
             "latent": _node("EmptyLatentImage", width=64, height=64, batch_size=count),
         }
@@ -73,7 +87,8 @@ class Demo:
             )
             positive = [f"encode{i}", 0]
             if steering:
-                inputs = {**steering, "conditioning": positive, "directions": ["directions", 0]}
+                inputs = {**steering, "conditioning": positive, "directions": [f"load{i}", 0]}
+                graph[f"load{i}"] = _node("ElrondLoadDirections", name=inputs.pop("file"))
                 graph[f"steer{i}"] = {"class_type": inputs.pop("class_type"), "inputs": inputs}
                 positive = [f"steer{i}", 0]
             graph[f"sample{i}"] = _node(
@@ -112,6 +127,7 @@ def only(graph: dict[str, Any], kind: str) -> list[dict[str, Any]]:
 def _apply(index: int, strength: float) -> dict[str, Any]:
     return {
         "class_type": "ElrondApplyDirection",
+        "file": FILE,
         "index": index,
         "strength": strength,
         "strengths": "",
@@ -122,84 +138,117 @@ def _apply(index: int, strength: float) -> dict[str, Any]:
     }
 
 
-def _diversify(seed: int, lowest: float, highest: float) -> dict[str, Any]:
-    return {
-        "class_type": "ElrondDiversify",
-        "count": IMAGES,
-        "seed": seed,
-        "lowest": lowest,
-        "highest": highest,
-        "unit": "token norms",
-        "mix": 1,
-        "leading": 0,
-        "both_signs": True,
-        "how": "natural",
-        "weights": "equal",
-        "start": 0.0,
-        "end": 0.3,
-        "concept": "",
-    }
+def read(measures: measure.Measures, images: torch.Tensor) -> Factors:
+    """The factors of images (N, H, W, 3)."""
+    return measures.measure(images.movedim(-1, 1))
 
 
-def sweep(demo: Demo, names: Sequence[str]) -> tuple[list[dict[str, Any]], dict[int, torch.Tensor]]:
-    """What each of the leading directions, of these names, moves on the teacher.
+def valid(measures: measure.Measures, images: torch.Tensor) -> float:
+    """The share of images (N, H, W, 3) that are portraits of the world."""
+    return float(measures.valid(images.movedim(-1, 1)).float().mean())
+
+
+def effects(factors: Factors) -> dict[str, float]:
+    """How far each factor moves from the first to the last strength, within a seed, between 0 and 1.
+
+    Args:
+        factors: by name (strengths, seeds).
 
     Returns:
-        for each direction and factor ρ (rank correlation of strength and factor within each held-out seed, averaged
-        over seeds) and the distance moved (mean absolute difference of the two ends, in the factor's own range);
-        and the first seed's images along each direction.
+        for a continuous factor the mean distance, in its own range; for a categorical one the share of seeds in which
+        its value changes.
     """
-    table, strips = [], {}
+    moved = {name: float((factors[name][-1] - factors[name][0]).abs().mean()) for name in CONTINUOUS}
+    return moved | {name: float((factors[name][-1] != factors[name][0]).float().mean()) for name in CATEGORICAL}
+
+
+def common(factor: str, values: torch.Tensor) -> str:
+    """The name of a categorical factor's most frequent value."""
+    return CATEGORICAL[factor][int(values.mode().values)]
+
+
+def sweep(
+    demo: Demo, measures: measure.Measures, names: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[torch.Tensor]]:
+    """What each of some named directions moves on the teacher.
+
+    Returns:
+        for each direction `moved` as `effects`; `rho`, the rank correlation of strength and continuous factor within
+        each seed, averaged over seeds; `ends`, the most frequent value of each categorical factor at both ends; the
+        share of `valid` images. And the first seed's images along each direction.
+    """
+    table, strips = [], []
     for index, title in enumerate(names):
         prompts = [(f"a [{CONCEPT}]", _apply(index, strength)) for strength in STRENGTHS]
-        images = torch.stack(demo.sample("teacher", prompts, HELD_OUT_SEEDS, SWEEP_SEED))
-        strips[index] = images[:, 0]
-        seen = measure(images.flatten(0, 1))
-        row: dict[str, Any] = {"direction": index, "name": title, "rho": {}, "moved": {}}
-        for name in CONTINUOUS:
-            values = seen.factors[name].reshape(len(STRENGTHS), HELD_OUT_SEEDS)
-            ranks = [float(np.nan_to_num(spearmanr(STRENGTHS, values[:, i]).statistic)) for i in range(HELD_OUT_SEEDS)]
-            row["rho"][name] = float(np.mean(ranks))
-            row["moved"][name] = float((values[-1] - values[0]).abs().mean())
-        shapes = seen.factors["shape"].reshape(len(STRENGTHS), HELD_OUT_SEEDS)
-        row["shape"] = {end: SHAPES[int(shapes[at].mode().values)] for end, at in (("negative", 0), ("positive", -1))}
-        table.append(row)
+        images = torch.stack(demo.sample("teacher", prompts, SEEDS, SEED))
+        strips.append(images[:, 0])
+        seen = read(measures, images.flatten(0, 1))
+        along = {name: seen[name].reshape(len(STRENGTHS), SEEDS) for name in FACTORS}
+        ranks = {
+            name: [float(np.nan_to_num(spearmanr(STRENGTHS, along[name][:, i]).statistic)) for i in range(SEEDS)]
+            for name in CONTINUOUS
+        }
+        table.append(
+            {
+                "direction": index,
+                "name": title,
+                "moved": effects(along),
+                "rho": {name: float(np.mean(values)) for name, values in ranks.items()},
+                "ends": {name: [common(name, along[name][0]), common(name, along[name][-1])] for name in CATEGORICAL},
+                "valid": valid(measures, images.flatten(0, 1)),
+            }
+        )
     return table, strips
 
 
-def compare_diversity(demo: Demo, lowest: float, highest: float) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Diversity over the factors nobody named, and alignment on those somebody did, of the three ways to sample."""
-    captions: list[Caption] = [compose(CONCEPT, words) for words in PROMPTS]
-    texts = [" ".join(["a", *words, f"[{CONCEPT}]"]) for words in PROMPTS]
-    ways: dict[str, tuple[str, list[dict[str, Any] | None]]] = {
-        "teacher": ("teacher", [None] * len(texts)),
-        "student": ("student", [None] * len(texts)),
-        "student_steered": ("student", [_diversify(i, lowest, highest) for i in range(len(texts))]),
-    }
+def main_factors(row: dict[str, Any], count: int = 2) -> list[str]:
+    """What a direction moves most, in words: "mouth 94 % (frown → smile)", "skin 0.41"."""
+    largest = sorted(row["moved"], key=lambda name: -row["moved"][name])[:count]
+    said = []
+    for name in largest:
+        if name in CONTINUOUS:
+            said.append(f"{name} {row['moved'][name]:.2f}")
+        else:
+            first, last = row["ends"][name]
+            ends = f" ({first} → {last})" if first != last else ""
+            said.append(f"{name} {100 * row['moved'][name]:.0f} %{ends}")
+    return said
+
+
+def compare_diversity(
+    demo: Demo, measures: measure.Measures, steering: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Diversity over what nobody named, alignment with what a prompt names, and valid images of three ways to sample.
+
+    Args:
+        demo: the server.
+        measures: reads the images.
+        steering: inputs of Diversify, with the `file` of its directions.
+    """
+    texts = [prompt.translate(str.maketrans("", "", "[]")) for prompt in PROMPTS]
+    none: list[dict[str, Any] | None] = [None] * len(PROMPTS)
+    steered: list[dict[str, Any] | None] = [{**steering, "count": IMAGES, "seed": i} for i in range(len(PROMPTS))]
+    ways = {"teacher": ("teacher", none), "student": ("student", none), "student_steered": ("student", steered)}
     figures: dict[str, Any] = {}
     bare = {}
-    for name, (model, steering) in ways.items():
-        batches = demo.sample(model, list(zip(texts, steering, strict=True)), IMAGES, SWEEP_SEED)
-        seen = [measure(images) for images in batches]
-        free = [[f for f in open_factors(CONCEPT) if f not in caption.named] for caption in captions]
+    for name, (model, given) in ways.items():
+        batches = demo.sample(model, list(zip(PROMPTS, given, strict=True)), IMAGES, SEED)
+        seen = [read(measures, images) for images in batches]
         figures[name] = {
-            "diversity": float(np.mean([diversity(s, f) for s, f in zip(seen, free, strict=True)])),
-            "alignment": float(
-                np.mean([alignment([c] * IMAGES, s) for c, s in zip(captions, seen, strict=True) if c.named])
-            ),
-            "valid": float(np.mean([s.valid.float().mean() for s in seen])),
+            "diversity": float(np.mean([diversity(text, s) for text, s in zip(texts, seen, strict=True)])),
+            "alignment": float(np.mean([aligned([t] * IMAGES, s) for t, s in zip(texts[1:], seen[1:], strict=True)])),
+            "valid": float(np.mean([valid(measures, images) for images in batches])),
         }
         bare[name] = batches[0]
-    figures["strength"] = [lowest, highest]
     return figures, bare
 
 
 def complexity(demo: Demo) -> list[dict[str, Any]]:
-    """Every concept's estimated dimension beside the true number of its open factors."""
+    """Estimated dimensions of `CONCEPTS` beside the true number of their open factors."""
     graph = workflow("complexity")
     pairs = [node for node, part in graph.items() if part["class_type"] == "ElrondEncodeConcept"]
     rows = []
-    nouns = list(NOUNS)
+    nouns = [CONCEPTS[count] for count in sorted(CONCEPTS)]
     for start in range(0, len(nouns), len(pairs)):
         some = nouns[start : start + len(pairs)]
         wanted = copy.deepcopy(graph)
@@ -207,9 +256,7 @@ def complexity(demo: Demo) -> list[dict[str, Any]]:
             wanted[node]["inputs"]["prompt"] = f"a [{noun}]"
         outputs = demo.run(wanted)
         for node, noun in zip(pairs, some, strict=False):
-            rows.append(
-                {"concept": noun, "true": len(open_factors(noun)), "estimate": _dimension(wanted, outputs, node)}
-            )
+            rows.append({"concept": noun, "true": len(OPEN[noun]), "estimate": _dimension(wanted, outputs, node)})
     return rows
 
 
@@ -232,12 +279,11 @@ def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where pictures and the summary go")
-    parser.add_argument("--lowest", type=float, default=0.3, help="least strength of the diversified batch")
-    parser.add_argument("--highest", type=float, default=0.3, help="greatest strength of the diversified batch")
     arguments = parser.parse_args()
     began = time.monotonic()
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
+    measures = measure.load()
     with Server(output) as server:
         demo = Demo(server)
         print("1/4 discover: realizations, gradients, directions")
@@ -245,30 +291,27 @@ def main() -> None:
         outputs = demo.run(graph)
         saved = next(node for node, part in graph.items() if part["class_type"] == "SaveImage")
         realizations = demo.images(outputs, saved)
-        sheet(output / "realizations.png", [("a [thing]\nteacher", realizations[:8]), ("", realizations[8:16])])
+        sheet(output / "realizations.png", [("a [person]\nteacher", realizations[:8]), ("", realizations[8:16])])
 
         print("2/4 steer: what each direction moves")
         demo.run(workflow("steer"))
-        found = load_directions(output / "elrond" / "directions" / f"{DIRECTIONS}.safetensors")
-        table, strips = sweep(demo, found.names[:SWEPT])
-        moved = {
-            name: max(((row["rho"][name], row["direction"]) for row in table), key=lambda pair: abs(pair[0]))
-            for name in CONTINUOUS
-        }
-        rows = []
-        for row in table:
-            best = max(CONTINUOUS, key=lambda name: abs(row["rho"][name]))
-            moves = f"{best} {row['rho'][best]:+.2f}"
-            if abs(row["rho"][best]) < 0.8 and len(set(row["shape"].values())) > 1:
-                moves = "{negative} → {positive}".format(**row["shape"])
-            rows.append((f"{row['name']}\n{moves}", strips[row["direction"]]))
+        found = load_directions(output / "elrond" / "directions" / f"{FILE}.safetensors")
+        names = [name or f"direction {k}" for k, name in enumerate(found.names[:LEADING])]
+        table, strips = sweep(demo, measures, names)
+        rows = [("\n".join([row["name"], *main_factors(row)]), strip) for row, strip in zip(table, strips, strict=True)]
         sheet(output / "directions.png", rows, [f"{s:+g}" for s in STRENGTHS], "strength, in token norms")
 
         print("3/4 diversify: the distilled student")
-        demo.run(workflow("diversify"))
-        spread, bare = compare_diversity(demo, arguments.lowest, arguments.highest)
+        graph = workflow("diversify")
+        demo.run(graph)
+        (steering,) = ({**node, "class_type": "ElrondDiversify"} for node in only(graph, "ElrondDiversify"))
+        (loaded,) = only(graph, "ElrondLoadDirections")
+        spread, bare = compare_diversity(demo, measures, {**steering, "file": loaded["name"]})
         titles = {"teacher": "teacher", "student": "student", "student_steered": "student,\ndiversified"}
-        sheet(output / "diversity.png", [(titles[name], bare[name][:10]) for name in titles])
+        rows = []
+        for name, title in titles.items():
+            rows += [(title, bare[name][:8]), ("", bare[name][8:16])]
+        sheet(output / "diversity.png", rows)
 
         print("4/4 dimension: in how many ways each concept can vary")
         dimensions = complexity(demo)
@@ -278,9 +321,10 @@ def main() -> None:
     summary = {
         "seconds": time.monotonic() - began,
         "server_memory_gib": memory / 2**30,
-        "moved_factors": {name: {"rho": rho, "direction": index} for name, (rho, index) in moved.items()},
+        "moved_factors": best_directions(table),
         "directions": table,
         "diversity": spread,
+        "validity": {name: row["valid"] for name, row in spread.items()},
         "complexity": dimensions,
         "complexity_spearman": float(
             spearmanr([d["true"] for d in dimensions], [d["estimate"] for d in dimensions]).statistic
@@ -290,24 +334,35 @@ def main() -> None:
     report(summary, output)
 
 
+def best_directions(table: list[dict[str, Any]]) -> dict[str, Any]:
+    """The direction that moves each factor most, how far, and a continuous factor's rank correlation along it."""
+    best = {}
+    for name in FACTORS:
+        row = max(table, key=lambda row: row["moved"][name])
+        best[name] = {"direction": row["direction"], "name": row["name"], "moved": row["moved"][name]}
+        if name in CONTINUOUS:
+            row = max(table, key=lambda row: abs(row["rho"][name]))
+            best[name] |= {"direction": row["direction"], "name": row["name"], "rho": row["rho"][name]}
+            best[name]["moved"] = row["moved"][name]
+    return best
+
+
 def report(summary: dict[str, Any], output: Path) -> None:
     """Print the figures."""
-    print("\nWhat the teacher's leading directions move (rank correlation, distance as a share of the factor's range):")
+    width = max(len(row["name"]) for row in summary["directions"])
+    print(
+        f"\nWhat {STRENGTHS[0]:g} to {STRENGTHS[-1]:g} token norms along each direction move: categories, the share of "
+        "images that change; others, the distance as a share of the range:"
+    )
     for row in summary["directions"]:
-        cells = "  ".join(f"{n} {row['rho'][n]:+.2f} ({row['moved'][n]:.2f})" for n in CONTINUOUS)
-        print(
-            f"  {row['direction']} {row['name']}: {cells}  "
-            f"shape {row['shape']['negative']} .. {row['shape']['positive']}"
-        )
-    print("Best direction of each factor: ", end="")
-    print(", ".join(f"{n} {v['rho']:+.2f} (#{v['direction']})" for n, v in summary["moved_factors"].items()))
-    print("Diversity over open factors (1 is the world's own), alignment, valid images:")
+        print(f"  {row['name']:<{width}}  {', '.join(main_factors(row, 3))}; {100 * row['valid']:.0f} % valid")
+    print("Diversity over open factors (1 is the world's own), named attributes right, valid images:")
     for name in ("teacher", "student", "student_steered"):
         row = summary["diversity"][name]
         print(f"  {name:<16} {row['diversity']:.3f}  {row['alignment']:.3f}  {row['valid']:.3f}")
     print(f"Dimension (Spearman {summary['complexity_spearman']:.2f}):")
     for row in summary["complexity"]:
-        print(f"  {row['concept']:<6} open factors {row['true']}  estimate {row['estimate']:.1f}")
+        print(f"  {row['concept']:<12} open factors {row['true']:>2}  estimate {row['estimate']:.1f}")
     print(f"{summary['seconds']:.0f} s, server memory {summary['server_memory_gib']:.1f} GiB; pictures in {output}")
 
 

@@ -15,13 +15,16 @@ from typing import Any
 
 from PIL import Image
 
+from elrond_core.storage.format import load_directions
+
 from .browser import chromium, open_page, post, run_graph
 from .server import Server
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 # Width and height of the page in pixels.
 SIZE = (1500, 940)
-FILE = "demo thing words"
+FILE = "demo person words"
+NAMES = load_directions(Path(__file__).parent / "directions" / f"{FILE}.safetensors").names
 
 
 def graph() -> dict[str, Any]:
@@ -34,7 +37,7 @@ def graph() -> dict[str, Any]:
     sampling = {"seed": 5, "steps": 20, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
     return {
         "1": node("ElrondLoadDemoModel", name="teacher"),
-        "2": node("ElrondEncodeConcept", clip=["1", 1], prompt="a [thing]", concept="", occurrence=1, row=0),
+        "2": node("ElrondEncodeConcept", clip=["1", 1], prompt="a [person]", concept="", occurrence=1, row=0),
         "3": node("ElrondLoadDirections", name=FILE),
         "4": node("ElrondApplyDirection", conditioning=["2", 0], directions=["3", 0], strengths="", **steering),
         "5": node("EmptyLatentImage", width=64, height=64, batch_size=9),
@@ -46,7 +49,7 @@ def graph() -> dict[str, Any]:
 
 def _open(page: Any) -> None:
     page.evaluate("async (graph) => await window.app.loadApiJson(graph, 'sliders')", graph())
-    page.get_by_label("Use dark → bright", exact=True).wait_for()
+    page.get_by_label(f"Use {NAMES[0]}", exact=True).wait_for()
     page.evaluate(
         """() => {
             const { app } = window;
@@ -59,14 +62,14 @@ def _open(page: Any) -> None:
 
 def _move(page: Any, within: Any) -> None:
     """Move two sliders, one of which acts in the second half of the sampling only."""
-    for name, strength in (("dark → bright", "-0.5"), ("small → large", "0.6")):
+    for name, strength in zip(NAMES, ("-0.5", "0.6"), strict=False):
         within.get_by_label(f"Use {name}", exact=True).check()
         within.get_by_label(f"Strength of {name}", exact=True).fill(strength)
-    within.get_by_label("Ends of the slider, and start and end, of small → large").click()
-    field = within.get_by_label("Start of direction 2", exact=True)
+    within.get_by_label(f"Ends of the slider, and start and end, of {NAMES[1]}").click()
+    field = within.get_by_label("Start of direction 1", exact=True)
     field.fill("0.5")
     field.press("Tab")
-    within.get_by_label("Ends of the slider, and start and end, of small → large").click()
+    within.get_by_label(f"Ends of the slider, and start and end, of {NAMES[1]}").click()
     page.evaluate("() => document.activeElement.blur()")
 
 
@@ -95,7 +98,7 @@ def subgraph(page: Any) -> bytes:
         }"""
     )
     within = page.locator("#inside")
-    within.get_by_label("Use dark → bright", exact=True).wait_for()
+    within.get_by_label(f"Use {NAMES[0]}", exact=True).wait_for()
     _move(page, within)
     page.evaluate("() => window.app.canvas.deselectAll()")
     page.wait_for_timeout(1500)

@@ -18,7 +18,7 @@ from . import host
 # isort: split
 import torch
 
-from .host_model.portraits import PORTRAIT_WEIGHTS, file_of, load_portrait_vae
+from .host_model.checkpoint import WEIGHTS, file_of, load_vae
 from .portraits import measure
 from .training import student, teacher, vae
 
@@ -26,13 +26,11 @@ OUT = Path(__file__).parent / "training" / "out"
 
 
 def recipe_of(stage: Any, small: bool) -> Any:
-    """A stage's recipe: for tests, for a card if there is one in use, else for two processor cores."""
-    if small:
-        return stage.SMALL
-    return stage.CARD if host.on_gpu() else stage.CPU
+    """A stage's recipe: the one of what ships, or the one for tests."""
+    return stage.SMALL if small else stage.RECIPE
 
 
-def take_shipped(out: Path, stages: list[str], weights: Path = PORTRAIT_WEIGHTS) -> None:
+def take_shipped(out: Path, stages: list[str], weights: Path = WEIGHTS) -> None:
     """Copy shipped weights of stages that are not run into a folder that lacks them, for the stages after them."""
     out.mkdir(parents=True, exist_ok=True)
     for stage in ("vae", "teacher"):
@@ -42,7 +40,7 @@ def take_shipped(out: Path, stages: list[str], weights: Path = PORTRAIT_WEIGHTS)
 
 def train_measures(out: Path, small: bool, device: str) -> None:
     """Train the measuring network on pictures as they are and as the autoencoder decodes them."""
-    module = load_portrait_vae(file_of("vae", out)).to(device)
+    module = load_vae(file_of("vae", out)).to(device)
 
     def decoded(images: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -70,14 +68,13 @@ def train(out: Path, stages: list[str], small: bool = False) -> None:
         FileNotFoundError: if a stage needs the weights of one that was not run and does not ship.
     """
     device = "cuda" if host.on_gpu() else "cpu"
-    compiled = device == "cuda"
     # On a card, products of single precision may round to TF32, which is precise enough here and several times faster.
     torch.set_float32_matmul_precision("high")
     runs: dict[str, Callable[[], object]] = {
         "vae": lambda: vae.train(out, recipe_of(vae, small), device),
         "measure": lambda: train_measures(out, small, device),
-        "teacher": lambda: teacher.train(out, recipe_of(teacher, small), device, compiled=compiled),
-        "student": lambda: student.train(out, recipe_of(student, small), device, compiled=compiled),
+        "teacher": lambda: teacher.train(out, recipe_of(teacher, small), device),
+        "student": lambda: student.train(out, recipe_of(student, small), device),
     }
     take_shipped(out, stages)
     for stage in stages:

@@ -95,7 +95,7 @@ def lid_plot_figure(report: LIDReport) -> Figure:
     axes.set_xscale("log")
     axes.set(xlabel="component", ylabel="variance")
     floor = f"above the noise floor: {'' if report.detectable else 'at least '}{report.estimate}"
-    dimension = "" if report.correlation is None else f"correlation dimension: {report.dimension:.1f}, "
+    dimension = "" if report.neighbour is None else f"dimension: {report.dimension:.1f}, "
     axes.set_title(f"{dimension}{floor}, from {report.count} gradients".capitalize())
     axes.legend()
     return figure

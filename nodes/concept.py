@@ -27,7 +27,7 @@ class EncodeConcept(io.ComfyNode):
                 io.String.Input(
                     "prompt",
                     multiline=True,
-                    default="a [thing]",
+                    default="a [person]",
                     dynamic_prompts=True,
                     tooltip="The prompt. Put the concept in [brackets], or name it in the field below.",
                 ),

@@ -18,7 +18,7 @@ class LoadDemoModel(io.ComfyNode):
             node_id="ElrondLoadDemoModel",
             display_name="Load Demo Model (ELROND)",
             category="ELROND",
-            description="Loads a tiny model of coloured shapes that needs no GPU. Sample it at 64 x 64 pixels.",
+            description="Loads a tiny model of drawn portraits that needs no GPU. Sample it at 64 x 64 pixels.",
             **host.search_aliases("demo", "example model", "test model"),
             inputs=[
                 io.Combo.Input(

@@ -52,8 +52,8 @@ for path in sorted((pack / "workflows" / "api").glob("*.json")):
     print("valid:", path.stem)
 with torch.inference_mode():
     model, clip, vae = ours["ElrondLoadDemoModel"].execute("student").args
-    prompt = ours["ElrondEncodeConcept"].execute(clip, "a [thing]", "", 1).args[0]
-    directions = ours["ElrondLoadDirections"].execute("demo thing words").args[0]
+    prompt = ours["ElrondEncodeConcept"].execute(clip, "a [person]", "", 1).args[0]
+    directions = ours["ElrondLoadDirections"].execute("demo person words").args[0]
     sweep = ours["ElrondDirectionSweep"].execute(
         model, prompt, directions, vae, "0", -0.8, 0.8, 2, "token norms", 64, 64, 1, 1, 1.0, "euler", "simple", 1, 64,
         "", False,

@@ -75,7 +75,7 @@ def steer(known: dict[str, Any]) -> dict[str, Any]:
     """An encoded prompt, its word and a file of directions to a steered conditioning."""
     sheet = Sheet("Steer with Sliders (ELROND)", known)
     conditioning, clip = sheet.inlet("conditioning", "CONDITIONING"), sheet.inlet("clip", "CLIP")
-    concept, file = sheet.inlet("concept", "STRING", "dog"), sheet.inlet("file", "COMBO", "demo thing words")
+    concept, file = sheet.inlet("concept", "STRING", "dog"), sheet.inlet("file", "COMBO", "demo person words")
     strengths = sheet.inlet("strengths", "STRING", "")
     sheet.group("Steer")
     sheet.column()

@@ -22,16 +22,18 @@ import torch
 from PIL import Image
 
 from demo.browser import chromium, open_page, post, run_graph
-from demo.screenshots import FILE
+from demo.screenshots import FILE, NAMES
 from demo.screenshots import graph as steered
 from demo.server import Server, progress_bar
 from demo.thumbnails import sweep
 from elrond_core.sheets import contact_sheet
+from elrond_core.storage.format import load_directions
 
 from .examples import EXAMPLES
 
 GRAPHS = Path(__file__).parent / "api"
 FOLDER = Path(__file__).parents[1] / "example_workflows"
+DIRECTIONS = FOLDER.parent / "demo" / "directions"
 SCREENSHOTS = FOLDER.parent / "docs" / "pictures"
 # The part of the page for the graph, in pixels; the frontend's menus lie left, above and below.
 WIDTH, HEIGHT, LEFT, ABOVE, BELOW = 1800, 1100, 70, 200, 70
@@ -61,7 +63,7 @@ class Run:
 
 def discover(run: Run) -> np.ndarray:
     """Sample images over both spectra."""
-    images = contact_sheet(run.images("Save Image"), ["", ""], [""] * 8, "images of “a thing”", cell=96)
+    images = contact_sheet(run.images("Save Image"), ["", ""], [""] * 8, "images of “a person”", cell=96)
     plots = torch.cat([run.images("PCA: explained variance"), run.images("Response: variance per change")])
     spectra = contact_sheet(plots, [""], ["PCA of their gradients", "normalised by the response"], cell=640)
     return np.concatenate([images, _narrowed(spectra, images.shape[1])])
@@ -77,12 +79,12 @@ def diversify(run: Run) -> np.ndarray:
     """Before and after."""
     images = torch.cat([run.images("Student"), run.images("Student, diversified")])
     rows = ["distilled", "", "diversified", ""]
-    return contact_sheet(images, rows, [""] * 8, "sixteen images of “a thing”", cell=96)
+    return contact_sheet(images, rows, [""] * 8, "sixteen images of “a person”", cell=96)
 
 
 def complexity(run: Run) -> np.ndarray:
     """Both spectra under their estimates."""
-    words = ["sun", "thing"]
+    words = ["clone", "person"]
     titles = [f"a {word}: about {float(run.text(f'Dimension: {word}')):.1f} ways to vary" for word in words]
     plots = torch.cat([run.images(f"Plot: {word}") for word in words])
     return _narrowed(contact_sheet(plots, [""], titles, cell=640), 900)
@@ -111,7 +113,7 @@ def graph(server: Server, path: Path) -> None:
 
 def panel(server: Server, path: Path) -> None:
     """Take a screenshot of Apply Direction's sliders, two of them moved, beside the images they make."""
-    server.run(sweep(FILE))
+    server.run(sweep(FILE, len(NAMES)))
     with _page(server) as page:
         page.evaluate("async (graph) => await window.app.loadApiJson(graph, 'panel')", steered())
         page.evaluate(
@@ -132,8 +134,9 @@ def panel(server: Server, path: Path) -> None:
                 window.app.canvas.setDirty(true, true);
             }"""
         )
-        page.get_by_label("Use dark → bright", exact=True).wait_for()
-        for name, strength in (("dark → bright", "-0.5"), ("small → large", "0.6")):
+        names = load_directions(DIRECTIONS / f"{FILE}.safetensors").names
+        page.get_by_label(f"Use {names[0]}", exact=True).wait_for()
+        for name, strength in zip(names, ("-0.5", "0.6"), strict=False):
             page.get_by_label(f"Use {name}", exact=True).check()
             page.get_by_label(f"Strength of {name}", exact=True).fill(strength)
         run_graph(page)

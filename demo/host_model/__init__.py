@@ -1,29 +1,21 @@
-"""The demo model as genuine ComfyUI objects: a UNet, a CLIP text encoder and its tokenizer, a linear VAE.
+"""The demo model as genuine ComfyUI objects: a UNet, a CLIP text encoder and its tokenizer, an autoencoder.
 
 Beside `nodes/host` the only code that touches ComfyUI's internals.
 """
 
-from .checkpoint import MODELS, WEIGHTS, load, load_file, pack, unpack
-from .text import END_TOKEN, MAX_TOKENS, TOKEN_TABLE, TOKEN_WIDTH, VOCABULARY, new_text_transformer, token_table
-from .unet import SAMPLING, new_unet
-from .vae import LATENT_CHANNELS, PatchVAE
+from .checkpoint import MODELS, WEIGHTS, Portraits, file_of, load, load_vae
+from .text import TEXT_LENGTH, TEXT_WIDTH
+from .vae import LATENT_CHANNELS, Autoencoder
 
 __all__ = [
-    "END_TOKEN",
     "LATENT_CHANNELS",
-    "MAX_TOKENS",
     "MODELS",
-    "SAMPLING",
-    "TOKEN_TABLE",
-    "TOKEN_WIDTH",
-    "VOCABULARY",
+    "TEXT_LENGTH",
+    "TEXT_WIDTH",
     "WEIGHTS",
-    "PatchVAE",
+    "Autoencoder",
+    "Portraits",
+    "file_of",
     "load",
-    "load_file",
-    "new_text_transformer",
-    "new_unet",
-    "pack",
-    "token_table",
-    "unpack",
+    "load_vae",
 ]

@@ -1,60 +1,69 @@
-"""The demo's autoencoder: linear, with the channels of its latents."""
+"""The portraits' autoencoder: the host's convolutional encoder and decoder, at half the picture's resolution.
+
+A pixel of theirs is a block of 2 × 2 of the picture, so that the widest layers work on 32 × 32 places.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from comfy.ldm.models.autoencoder import AutoencodingEngine
 
-LATENT_CHANNELS = 24
-PATCH = 4
+LATENT_CHANNELS = 16
+# Pixels of a block, to a side.
+_BLOCK = 2
+_CONFIG: dict[str, Any] = {
+    "ch": 64,
+    "ch_mult": (1, 1, 2),
+    "resolution": 64 // _BLOCK,
+    "in_channels": 3 * _BLOCK**2,
+    "out_ch": 3 * _BLOCK**2,
+    "attn_resolutions": [],
+    "z_channels": LATENT_CHANNELS,
+    "double_z": False,
+}
+_MODULES = "comfy.ldm.modules.diffusionmodules.model"
 
 
-class PatchVAE(torch.nn.Module):
-    """A linear autoencoder: principal components of the world's 4x4 patches, each scaled by its std^-1/2.
+class Autoencoder(AutoencodingEngine):
+    """Pictures (N, 3, 64, 64) in [-1, 1] to latents (N, 16, 8, 8), and back.
 
-    Decoded images are 64x64, every pixel doubled, so that a latent cell is 8x8 pixels as in Stable Diffusion.
+    Over the world's pictures every channel of the latents has mean 0 and variance 1.
     """
 
-    mean: torch.Tensor
-    basis: torch.Tensor
-    scale: torch.Tensor
-
     def __init__(self) -> None:
-        super().__init__()
-        size = 3 * PATCH * PATCH
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("basis", torch.zeros(LATENT_CHANNELS, size))
-        self.register_buffer("scale", torch.ones(LATENT_CHANNELS))
+        super().__init__(
+            encoder_config={"target": f"{_MODULES}.Encoder", "params": {**_CONFIG, "num_res_blocks": 1}},
+            decoder_config={"target": f"{_MODULES}.Decoder", "params": {**_CONFIG, "num_res_blocks": 0}},
+            regularizer_config={"target": "comfy.ldm.models.autoencoder.EmptyRegularizer"},
+        )
+
+    def encode(self, pixels: torch.Tensor, **_: Any) -> torch.Tensor:
+        """(N, 3, 64, 64) in [-1, 1] to (N, 16, 8, 8)."""
+        return self.encoder(torch.nn.functional.pixel_unshuffle(pixels, _BLOCK))
+
+    def decode(self, latents: torch.Tensor, **_: Any) -> torch.Tensor:
+        """(N, 16, 8, 8) to (N, 3, 64, 64), about in [-1, 1]."""
+        return torch.nn.functional.pixel_shuffle(self.decoder(latents), _BLOCK)
 
     @torch.no_grad()
-    def fit(self, images: torch.Tensor) -> None:
-        """Learn the components from (N, 3, 32, 32) images in [-1, 1]."""
-        patches = torch.nn.functional.pixel_unshuffle(images, PATCH).movedim(1, -1).flatten(0, 2).double()
-        self.mean.copy_(patches.mean(0))
-        values, vectors = torch.linalg.eigh(torch.cov(patches.T))
-        top = vectors.flip(1)[:, :LATENT_CHANNELS].T
-        top = top * torch.sign(top.gather(1, top.abs().argmax(1, keepdim=True)))
-        self.basis.copy_(top)
-        self.scale.copy_(values.flip(0)[:LATENT_CHANNELS] ** -0.25)
+    def normalise(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """Fold a mean and a standard deviation (16,) into the encoder's last layer, so that its latents lose them."""
+        last = self.encoder.conv_out
+        last.weight.div_(std[:, None, None, None])
+        last.bias.sub_(mean).div_(std)
 
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(N, 3, 64, 64) in [-1, 1] to (N, 24, 8, 8)."""
-        return self.encode_small(torch.nn.functional.avg_pool2d(pixels, 2))
-
-    def encode_small(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(N, 3, 32, 32) in [-1, 1] to (N, 24, 8, 8)."""
-        patches = torch.nn.functional.pixel_unshuffle(pixels, PATCH) - self.mean[:, None, None]
-        return torch.einsum("cp,nphw->nchw", self.basis * self.scale[:, None], patches)
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """(N, 24, 8, 8) to (N, 3, 64, 64) in [-1, 1]."""
-        return torch.nn.functional.interpolate(self.decode_small(latents), scale_factor=2, mode="nearest")
-
-    def decode_small(self, latents: torch.Tensor) -> torch.Tensor:
-        """(N, 24, 8, 8) to (N, 3, 32, 32) in [-1, 1]."""
-        patches = torch.einsum("cp,nchw->nphw", self.basis / self.scale[:, None], latents)
-        return torch.nn.functional.pixel_shuffle(patches + self.mean[:, None, None], PATCH)
-
+    @torch.no_grad()
     def rgb_factors(self) -> tuple[list[list[float]], list[float]]:
-        """The linear map from a latent cell to its mean colour, for the host's previews."""
-        decode = (self.basis / self.scale[:, None]).reshape(LATENT_CHANNELS, 3, -1).mean(-1)
-        return decode.tolist(), self.mean.reshape(3, -1).mean(-1).tolist()
+        """A linear map (16, 3) from a latent cell to its mean colour, and its bias (3,), for the host's previews.
+
+        Least squares over random latents as the decoder draws them.
+        """
+        generator = torch.Generator().manual_seed(0)
+        latents = torch.randn(16, LATENT_CHANNELS, 8, 8, generator=generator)
+        device = self.decoder.conv_in.weight.device
+        colours = torch.nn.functional.avg_pool2d(self.decode(latents.to(device)).float().cpu(), 8)
+        cells = torch.cat([latents, torch.ones_like(latents[:, :1])], 1).movedim(1, -1).flatten(0, 2)
+        solution = torch.linalg.lstsq(cells, colours.movedim(1, -1).flatten(0, 2)).solution
+        return solution[:-1].tolist(), solution[-1].tolist()

@@ -33,7 +33,7 @@ from .world import (
     role_shares,
 )
 
-WEIGHTS = Path(__file__).resolve().parents[1] / "weights" / "portraits_measure.safetensors"
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights" / "measure.safetensors"
 # A continuous factor is right within this distance, of a range of one.
 TOLERANCE = 0.05
 

@@ -14,7 +14,7 @@ from .. import host  # noqa: F401
 # isort: split
 import torch
 
-from ..host_model.portrait_vae import PortraitVAE
+from ..host_model.vae import Autoencoder
 from ..portraits.captions import Captions
 from ..portraits.world import Factors, compose
 from .progress import number_of
@@ -49,7 +49,7 @@ def captioned(part: int, count: int) -> tuple[torch.Tensor, Factors]:
 
 
 @torch.no_grad()
-def encoded(vae: PortraitVAE, factors: Factors, device: str) -> torch.Tensor:
+def encoded(vae: Autoencoder, factors: Factors, device: str) -> torch.Tensor:
     """The latents of the pictures of factors, float16 (N, 16, 8, 8) on the CPU."""
     latents = []
     for start in range(0, len(factors["skin"]), _BATCH[device]):
@@ -59,7 +59,7 @@ def encoded(vae: PortraitVAE, factors: Factors, device: str) -> torch.Tensor:
     return torch.cat(latents)
 
 
-def make_bank(vae: PortraitVAE, count: int, folder: Path, device: str = "cpu") -> Bank:
+def make_bank(vae: Autoencoder, count: int, folder: Path, device: str = "cpu") -> Bank:
     """Draw and encode captioned pictures, a file a part; parts that are there already are read.
 
     Args:

@@ -2,8 +2,8 @@
 
 Improved distribution matching (Yin et al., arXiv 2405.14867): the student's clean estimates move along the difference
 between a real score (the teacher with guidance) and a fake score (a copy of the teacher that is trained on what the
-student makes). Inputs of later steps are simulated: estimate, add fresh noise, estimate again, which is what the
-host's sampler `lcm` does. No regression, no adversary, no images of the world. That is the reverse Kullback–Leibler
+student makes). Inputs of later steps are simulated by the student's own earlier steps, Euler steps as the host's
+sampler `euler` takes them. No regression, no adversary, no images of the world. That is the reverse Kullback–Leibler
 divergence, which prefers few modes; with guidance it is where the diversity of distilled models goes.
 """
 
@@ -18,11 +18,11 @@ from .. import host  # noqa: F401
 # isort: split
 import torch
 
-from ..host_model.portrait_unet import new_portrait_unet
-from ..host_model.portrait_vae import PORTRAIT_CHANNELS
-from ..host_model.portraits import file_of, pack_unet, read_weights, unpack_text, unpack_unet
+from ..host_model.checkpoint import file_of, pack_unet, read_weights, unpack_text, unpack_unet
+from ..host_model.unet import new_unet
+from ..host_model.vae import LATENT_CHANNELS
 from ..portraits.captions import Captions
-from .progress import Progress, generator_of, number_of, save_weights
+from .progress import Progress, generator_of, number_of, rate_at, save_weights
 from .teacher import draw_levels, mixed, shifted, velocity
 from .text import TextEncoder, Tokens, empty_rows
 
@@ -41,22 +41,23 @@ class Recipe:
         fake_rate: learning rate of the fake score.
         fake_steps: steps of the fake score an iteration.
         warm_up: iterations of the learning rates' rise.
+        decay: share of the iterations over which the learning rates fall to zero.
         half_life: iterations after which the moving average of the student has forgotten half.
     """
 
     iterations: int
     batch: int
-    guidance: float = 4.0
-    rate: float = 1.5e-4
+    guidance: float = 8.0
+    rate: float = 2e-4
     fake_rate: float = 4e-4
-    fake_steps: int = 2
+    fake_steps: int = 1
     warm_up: int = 20
+    decay: float = 0.55
     half_life: int = 60
 
 
-# On two processor cores, on a card, and for tests.
-CPU = Recipe(iterations=1000, batch=48)
-CARD = Recipe(iterations=1500, batch=512)
+RECIPE = Recipe(iterations=1000, batch=48)
+# For tests.
 SMALL = Recipe(iterations=4, batch=2, warm_up=1)
 SAVE_EVERY = 50
 # Noise levels at which scores are compared, as published: all but the ends.
@@ -78,15 +79,13 @@ def _randn(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 @torch.no_grad()
-def simulate(
-    student: torch.nn.Module, noise: torch.Tensor, steps: int, rows: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
-    """What the student's next step sees after `steps` of its own, from noise (N, 16, 8, 8)."""
+def simulate(student: torch.nn.Module, noise: torch.Tensor, steps: int, rows: torch.Tensor) -> torch.Tensor:
+    """What the student's next step sees after `steps` Euler steps of its own, from noise (N, 16, 8, 8)."""
     levels = levels_of(str(noise.device))
     noisy = noise
     for step in range(steps):
-        estimate = clean(student, noisy, levels[step].expand(len(noisy)), rows)
-        noisy = mixed(estimate, _randn(noise, generator), levels[step + 1].expand(len(noisy)))
+        made = velocity(student, noisy, levels[step].expand(len(noisy)), rows)
+        noisy = noisy + (levels[step + 1] - levels[step]) * made
     return noisy
 
 
@@ -111,7 +110,7 @@ def direction(
     return (clean(fake, noisy, levels, rows) - real) / scale
 
 
-def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = None, compiled: bool = False) -> Path:
+def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = None) -> Path:
     """Distil the teacher in a folder, resuming from the student's checkpoint there.
 
     Args:
@@ -119,7 +118,6 @@ def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = No
         recipe: its numbers.
         device: "cpu" or "cuda".
         steps: stop after so many iterations, to go on another time.
-        compiled: compile the UNets.
 
     Returns:
         the file of the weights; it is written with every checkpoint.
@@ -129,7 +127,7 @@ def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = No
     text = TextEncoder(tokens, generator_of("student", -1))
     text.load(unpack_text(packed))
     text = text.to(device).requires_grad_(False)
-    teacher = new_portrait_unet().diffusion_model
+    teacher = new_unet().diffusion_model
     teacher.load_state_dict(unpack_unet(packed))
     teacher = teacher.to(device, memory_format=torch.channels_last).requires_grad_(False)
     student, fake = copy.deepcopy(teacher).requires_grad_(True), copy.deepcopy(teacher).requires_grad_(True)
@@ -146,24 +144,21 @@ def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = No
     progress = Progress(out, "student", recipe, parts)
     if progress.step == recipe.iterations and file_of("student", out).is_file():
         return file_of("student", out)
-    run = {"teacher": teacher, "student": student, "fake": fake}
-    if compiled:
-        run = {name: torch.compile(module) for name, module in run.items()}
     nothing = empty_rows(text)
     levels = levels_of(device)
     while progress.step < min(recipe.iterations, steps or recipe.iterations):
-        rise = min(1.0, (progress.step + 1) / recipe.warm_up)
-        optimizer.param_groups[0]["lr"] = rise * recipe.rate
-        fake_optimizer.param_groups[0]["lr"] = rise * recipe.fake_rate
+        for one, rate in ((optimizer, recipe.rate), (fake_optimizer, recipe.fake_rate)):
+            now = rate_at(progress.step, recipe.iterations, rate, recipe.warm_up, recipe.decay)
+            one.param_groups[0]["lr"] = now
         generator = generator_of("student", progress.step)
         captions, _ = Captions(number_of("student captions", progress.step)).batch(recipe.batch)
         rows = text(tokens.encode(captions).to(device))
-        noise = torch.randn(recipe.batch, PORTRAIT_CHANNELS, 8, 8, generator=generator).to(device)
+        noise = torch.randn(recipe.batch, LATENT_CHANNELS, 8, 8, generator=generator).to(device)
         step = int(torch.randint(STEPS, (), generator=generator))
-        noisy = simulate(run["student"], noise, step, rows, generator)
-        made = clean(run["student"], noisy, levels[step].expand(recipe.batch), rows)
+        noisy = simulate(student, noise, step, rows)
+        made = clean(student, noisy, levels[step].expand(recipe.batch), rows)
         empty = nothing.expand_as(rows)
-        gradient = direction(run["teacher"], run["fake"], made.detach(), rows, empty, recipe.guidance, generator)
+        gradient = direction(teacher, fake, made.detach(), rows, empty, recipe.guidance, generator)
         optimizer.zero_grad(set_to_none=True)
         (made * gradient).mean().backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -171,10 +166,10 @@ def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = No
         keep = min(0.5 ** (1 / recipe.half_life), (progress.step + 1) / (progress.step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 1 - keep)
-        loss = _train_fake(run["fake"], fake, fake_optimizer, made.detach(), rows, recipe, generator)
+        loss = _train_fake(fake, fake_optimizer, made.detach(), rows, recipe, generator)
         progress.step += 1
         if progress.step % SAVE_EVERY == 0 or progress.step == recipe.iterations:
-            progress.log(fake_loss=loss, spread=float(made.detach().std(0).mean()))
+            progress.log(fake_loss=float(loss), spread=float(made.detach().std(0).mean()))
             progress.save()
             save_weights(
                 pack_unet(average.state_dict()), file_of("student", out), recipe, iterations=str(progress.step)
@@ -185,22 +180,21 @@ def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = No
 
 
 def _train_fake(
-    run: torch.nn.Module,
     fake: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     made: torch.Tensor,
     rows: torch.Tensor,
     recipe: Recipe,
     generator: torch.Generator,
-) -> float:
-    """Train the fake score on the student's images; the last loss."""
+) -> torch.Tensor:
+    """Train the fake score on the student's images; the last loss, which nothing waits for."""
     loss = torch.zeros(())
     for _ in range(recipe.fake_steps):
         levels = draw_levels(len(made), 1.0, 0.0, generator).to(made.device)
         noise = _randn(made, generator)
-        loss = (velocity(run, mixed(made, noise, levels), levels, rows) - (noise - made)).square().mean()
+        loss = (velocity(fake, mixed(made, noise, levels), levels, rows) - (noise - made)).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(fake.parameters(), 1.0)
         optimizer.step()
-    return float(loss.detach())
+    return loss.detach()

@@ -11,7 +11,7 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from transformers import CLIPTokenizer
 
-from ..host_model.portrait_text import (
+from ..host_model.text import (
     END_TOKEN,
     START_TOKEN,
     TEXT_LENGTH,

@@ -16,8 +16,8 @@ from .. import host  # noqa: F401
 # isort: split
 import torch
 
-from ..host_model.portrait_vae import PORTRAIT_CHANNELS, PortraitVAE
-from ..host_model.portraits import file_of
+from ..host_model.checkpoint import file_of
+from ..host_model.vae import LATENT_CHANNELS, Autoencoder
 from ..portraits.world import compose, draw
 from .optimizer import Muon
 from .progress import Progress, generator_of, rate_at, save_weights
@@ -50,14 +50,13 @@ class Recipe:
     statistics: int = 2048
 
 
-# On two processor cores, on a card, and for tests.
-CPU = Recipe(steps=4000, batch=16)
-CARD = Recipe(steps=4000, batch=256, rate=3e-3)
+RECIPE = Recipe(steps=4000, batch=16)
+# For tests.
 SMALL = Recipe(steps=4, batch=2, warm_up=1, statistics=8)
 SAVE_EVERY = 200
 
 
-def initialise(vae: PortraitVAE, generator: torch.Generator) -> None:
+def initialise(vae: Autoencoder, generator: torch.Generator) -> None:
     """Seeded initial weights: convolutions keep variance, residual branches begin at zero."""
     with torch.no_grad():
         for name, module in vae.named_modules():
@@ -101,7 +100,7 @@ def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = No
     Returns:
         the file of the weights; it is written when all steps are done.
     """
-    vae = PortraitVAE()
+    vae = Autoencoder()
     initialise(vae, generator_of("vae", -1))
     vae = vae.to(device, memory_format=torch.channels_last).requires_grad_(True).train()
     ends = ("encoder.conv_in.weight", "decoder.conv_out.weight")
@@ -112,7 +111,7 @@ def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = No
     path = file_of("vae", out)
     if progress.step == recipe.steps and path.is_file():
         return path
-    normalise = torch.nn.BatchNorm2d(PORTRAIT_CHANNELS, affine=False, track_running_stats=False)
+    normalise = torch.nn.BatchNorm2d(LATENT_CHANNELS, affine=False, track_running_stats=False)
     running, count = torch.zeros((), device=device), 0
     while progress.step < min(recipe.steps, steps or recipe.steps):
         for group in optimizer.param_groups:
@@ -139,7 +138,7 @@ def train(out: Path, recipe: Recipe, device: str = "cpu", steps: int | None = No
 
 
 @torch.no_grad()
-def _finish(vae: PortraitVAE, out: Path, recipe: Recipe, device: str, progress: Progress) -> Path:
+def _finish(vae: Autoencoder, out: Path, recipe: Recipe, device: str, progress: Progress) -> Path:
     """Normalise the latents, measure fresh pictures, and write the weights."""
     generator = generator_of("vae statistics", 0)
     latents = torch.cat(

@@ -1,8 +1,8 @@
 """All estimates of a concept's local intrinsic dimension (LID), side by side.
 
-The correlation dimension (`correlation.py`) is the answer where it is known, the number of eigenvalues above the noise
-floor (`noise_floor.py`) elsewhere. The published estimates (`published.py`, and the count of significant components of
-`elrond_core.decompose.pca`) are reported beside them.
+The nearest-neighbour dimension (`neighbours.py`) is the answer where it is known, the number of eigenvalues above the
+noise floor (`noise_floor.py`) elsewhere. The published estimates (`published.py`, and the count of significant
+components of `elrond_core.decompose.pca`) are reported beside them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..decompose.moments import Moments
 from ..decompose.pca import fit_pca
 from ..errors import ElrondError
 from ..gradients import Gradients
-from .correlation import CorrelationOptions, correlation_dimension
+from .neighbours import NeighbourOptions, neighbour_dimension
 from .noise_floor import NoiseFloor, NoiseFloorOptions, fit_noise_floor
 from .published import components_to_share, largest_gap
 
@@ -37,10 +37,10 @@ class LIDReport:
         variance95: components to reach 95 % of the variance.
         gap: components before the largest gap between singular values (Stanczuk et al., arXiv 2212.12611).
         ratio: eigenvalues whose share is above C/(R·d) (ELROND, step 5).
-        correlation: correlation dimension of the realizations as the concept's rows see them; 0 where they differ by
-            no more than chance; None with fewer than 30 realizations, fewer than 2 gradients towards each, no Jacobian
-            probes, or moments only.
-        correlation_interval: its 90 % interval (half-samples of the realizations), or None.
+        neighbour: nearest-neighbour dimension of the realizations as the concept's rows see them; 0 where they differ
+            by no more than chance; None with fewer than 30 realizations, fewer than 2 gradients towards each, no
+            Jacobian probes, or moments only.
+        neighbour_interval: its 90 % interval (half-samples of the realizations), or None.
         eigenvalues: float64, (P,): variances of the principal components, descending.
         null: float64, (P,): the eigenvalues of the fitted noise alone.
         threshold: halfway between the weakest signal and the strongest noise; without signal, what noise exceeds once
@@ -51,7 +51,7 @@ class LIDReport:
         spread: relative standard deviation of the noise's variances.
         count: N, number of gradients.
         size: R·d.
-        options: constants of the correlation dimension.
+        options: constants of the nearest-neighbour dimension.
     """
 
     estimate: int
@@ -61,8 +61,8 @@ class LIDReport:
     variance95: int
     gap: int
     ratio: int
-    correlation: float | None
-    correlation_interval: tuple[float, float] | None
+    neighbour: float | None
+    neighbour_interval: tuple[float, float] | None
     eigenvalues: torch.Tensor
     null: torch.Tensor
     threshold: float
@@ -71,19 +71,19 @@ class LIDReport:
     spread: float
     count: int
     size: int
-    options: CorrelationOptions = field(default_factory=CorrelationOptions)
+    options: NeighbourOptions = field(default_factory=NeighbourOptions)
 
     @property
     def dimension(self) -> float:
-        """The answer: the correlation dimension where it is known, else the count above the noise floor."""
-        return float(self.estimate) if self.correlation is None else self.correlation
+        """The answer: the nearest-neighbour dimension where it is known, else the count above the noise floor."""
+        return float(self.estimate) if self.neighbour is None else self.neighbour
 
     def lines(self) -> list[str]:
         """The report as text, one fact a line."""
         low, high = self.interval
         interval = f"90 % interval {low} to {high}" if high is not None else f"{low} or more"
         return [
-            f"correlation dimension of the images as the word sees them: {self._correlation_text()}",
+            f"ways in which the images differ, as the word sees them: {self._neighbour_text()}",
             f"above the noise floor: {self.estimate} ({interval})",
             self.conclusion,
             f"published: {self.ratio} by share of variance, {self.gap} by the largest gap, "
@@ -91,16 +91,15 @@ class LIDReport:
             f"from {self.count} gradients of {self.size} values",
         ]
 
-    def _correlation_text(self) -> str:
-        if self.correlation is None or self.correlation_interval is None:
+    def _neighbour_text(self) -> str:
+        if self.neighbour is None or self.neighbour_interval is None:
             return "not known: it takes gradients with their response, towards 30 realizations or more, several to each"
-        if self.correlation == 0:
-            least = self.options.least_std
-            return f"0: to the word they differ by no more than chance, or by less than {least:g} of a latent value"
-        if self.correlation >= self.options.highest:
+        if self.neighbour == 0:
+            return "0: to the word they differ by no more than chance"
+        if self.neighbour >= self.options.highest:
             return f"{self.options.highest} or more"
-        low, high = self.correlation_interval
-        return f"{self.correlation:.1f} (90 % interval {low:.1f} to {high:.1f})"
+        low, high = self.neighbour_interval
+        return f"{self.neighbour:.1f} (90 % interval {low:.1f} to {high:.1f})"
 
 
 def estimate_lid(
@@ -108,7 +107,7 @@ def estimate_lid(
     *,
     significance: float = 2.5,
     seed: int = 0,
-    correlation: CorrelationOptions | None = None,
+    neighbours: NeighbourOptions | None = None,
     noise_floor: NoiseFloorOptions | None = None,
 ) -> LIDReport:
     """Estimate the intrinsic dimension of a concept.
@@ -117,7 +116,7 @@ def estimate_lid(
         source: gradients, or their moments.
         significance: C of the published rule.
         seed: fixes the simulated noise and the half-samples.
-        correlation: constants of the correlation dimension, such as `CorrelationOptions(least_std=1.0)`.
+        neighbours: constants of the nearest-neighbour dimension, such as `NeighbourOptions(neighbours=20)`.
         noise_floor: constants of the count above the noise floor.
 
     Raises:
@@ -130,8 +129,8 @@ def estimate_lid(
             f"The intrinsic dimension needs at least {_LEAST} gradients of {_LEAST} values, got {count} gradients of "
             f"{size}."
         )
-    options = correlation or CorrelationOptions()
-    correlated = correlation_dimension(source, seed, options) if isinstance(source, Gradients) else None
+    options = neighbours or NeighbourOptions()
+    found = neighbour_dimension(source, seed, options) if isinstance(source, Gradients) else None
     eigenvalues = spectrum.eigenvalues.numpy()[: min(count - 1, size)]
     floor = fit_noise_floor(eigenvalues, count - 1, size, seed, noise_floor)
     return LIDReport(
@@ -142,8 +141,8 @@ def estimate_lid(
         variance95=components_to_share(eigenvalues, 0.95),
         gap=largest_gap(eigenvalues),
         ratio=spectrum.significant,
-        correlation=correlated.value if correlated else None,
-        correlation_interval=correlated.interval if correlated else None,
+        neighbour=found.value if found else None,
+        neighbour_interval=found.interval if found else None,
         eigenvalues=torch.from_numpy(eigenvalues),
         null=torch.from_numpy(floor.null),
         threshold=floor.threshold,

@@ -76,14 +76,21 @@ def region(maps: torch.Tensor, threshold: float = 0.0, grow: int = 0) -> torch.T
 
     Args:
         maps: (concepts, N, H, W), see `sensitivity_maps`.
-        threshold: share of an image's largest value above which a cell belongs to the concept; 0 takes Otsu's.
+        threshold: share of an image's largest value above which a cell belongs to the concept; 0 takes Otsu's, of the
+            values' logarithms.
         grow: cells to add on every side.
 
     Returns:
         bool (N, H, W).
     """
     first = maps[0]
-    cut = threshold * first.amax((1, 2)) if threshold else torch.stack([otsu(image) for image in first])
+    if threshold:
+        cut = threshold * first.amax((1, 2))
+    else:
+        # What answers most, a face, answers many times as much as the rest of the concept: in logarithms both are on
+        # one side of the division.
+        logs = first.double().clamp_min(torch.finfo(torch.float32).tiny).log()
+        cut = torch.stack([otsu(image) for image in logs]).exp().to(first)
     relative = maps / maps.mean((2, 3), keepdim=True)
     inside = (first > cut[:, None, None]) & (relative[0] >= relative.amax(0))
     if grow:
@@ -101,14 +108,14 @@ def otsu(values: torch.Tensor) -> torch.Tensor:
         values: float, any shape, at least two.
 
     Returns:
-        A number (), float32.
+        A number (), of the values' type.
     """
     ordered = values.flatten().double().sort().values
     count = torch.arange(1, len(ordered))
     below = ordered.cumsum(0)[:-1]
     difference = (ordered.sum() - below) / (len(ordered) - count) - below / count
     place = int((count * (len(ordered) - count) * difference.square()).argmax())
-    return ((ordered[place] + ordered[place + 1]) / 2).float()
+    return ((ordered[place] + ordered[place + 1]) / 2).to(values)
 
 
 @dataclass(frozen=True)

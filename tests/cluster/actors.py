@@ -55,6 +55,6 @@ class Actor(Worker):
             return {"seconds": 0.05, "origin": {}}
         name = self._folder / "results" / result_name(self._given, 0, works)
         name.mkdir(parents=True, exist_ok=True)
-        result = {"reports": ["done"], "texts": {}, "files": [], "gradients": [], "concept": "thing"}
+        result = {"reports": ["done"], "texts": {}, "files": [], "gradients": [], "concept": "person"}
         (name / "result.json").write_text(json.dumps(result))
         return result

@@ -41,7 +41,7 @@ def settings(store: Path, **changes: Any) -> Settings:
     # The rest of the graph is short.
     for node in ("11", "12", "13", "15", "16", "17"):
         del graph[node]
-    known = {"graph": graph, "concepts": (), "names": ("thing",), "store": str(store), "cards": 0, "threads": 1}
+    known = {"graph": graph, "concepts": (), "names": ("person",), "store": str(store), "cards": 0, "threads": 1}
     return Settings(**{**known, **changes})
 
 
@@ -51,7 +51,7 @@ def run(given: Settings, workers: int = 1, **more: Any) -> tuple[list[dict[str, 
     return collect(given, workers, 1.0, Progress(shown), **more), shown.getvalue()
 
 
-def merged(store: Path, name: str = "thing") -> bytes:
+def merged(store: Path, name: str = "person") -> bytes:
     (path,) = (store / "gradients").glob(f"{name}-*.safetensors")
     return path.read_bytes()
 
@@ -91,7 +91,7 @@ def finished(plain: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
     results, _ = run(settings(store), 2)
     thread.join()
     assert killed and results[0]["reports"] == ["20 gradients of 12 realizations"]
-    assert results[0]["texts"]["Save PCA directions"].endswith("directions as demo thing pca")
+    assert results[0]["texts"]["Save PCA directions"].endswith("directions as demo person pca")
     return store
 
 
@@ -107,9 +107,9 @@ def test_gradients_are_those_of_a_plain_run(finished: Path, plain: bytes) -> Non
 
 def test_the_rest_of_the_graph_is_kept(finished: Path) -> None:
     (results,) = (finished / "results").iterdir()
-    assert (results / "elrond" / "directions" / "demo thing pca.safetensors").is_file()
+    assert (results / "elrond" / "directions" / "demo person pca.safetensors").is_file()
     assert (results / "elrond" / "realizations_00012_.png").is_file()
-    assert json.loads((results / "result.json").read_text())["concept"] == "thing"
+    assert json.loads((results / "result.json").read_text())["concept"] == "person"
 
 
 def test_only_what_is_missing_or_damaged_is_made_again(finished: Path, plain: bytes, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_only_what_is_missing_or_damaged_is_made_again(finished: Path, plain: by
 
 
 def test_concepts_one_after_the_other(tmp_path: Path) -> None:
-    results, _ = run(settings(tmp_path, concepts=("circle", "a red [thing]"), names=("circle", "red")))
+    results, _ = run(settings(tmp_path, concepts=("circle", "a red [person]"), names=("circle", "red")))
     assert [each["concept"] for each in results] == ["circle", "red"]
     assert merged(tmp_path, "circle") != merged(tmp_path, "red")
 
@@ -147,10 +147,8 @@ def pretended(store: Path, *misfortunes: str) -> Callable[[], Any]:
 
 
 def test_a_range_that_fails_three_times_stops_the_run(tmp_path: Path) -> None:
-    message = (
-        r"here \(\d\) failed at gradients \d to \d of 'thing', as did 2 attempts before: Collect Gradients \(node 7\): "
-    )
-    with pytest.raises(RunError, match=message + r"no memory\. Everything else is kept"):
+    message = r"here \(\d\) failed at gradients \d to \d of 'person', as did 2 attempts before: "
+    with pytest.raises(RunError, match=message + r"Collect Gradients \(node 7\): no memory\. Everything else is kept"):
         run(settings(tmp_path), 2, make=pretended(tmp_path, "fails", "fails"))
 
 

@@ -76,14 +76,17 @@ def test_a_model_that_does_not_answer(model: Linear) -> None:
 def test_regions(model: Linear) -> None:
     weights = model.weights[[0, 2]][:, None]
     corner = weights[0] == 3
-    assert torch.equal(region(weights[:1]), corner)
+    # Nowhere does a model not answer at all.
+    assert torch.equal(region(weights[:1] + 0.3), corner)
+    # A cell that answers ten times less than another still belongs to the concept if the rest answers less by far.
+    assert torch.equal(region(weights[:1] + 0.001), weights[0] > 0)
     assert torch.equal(region(weights[:1], threshold=0.1), weights[0] > 0)
     # With both concepts, cells that answer more to the other are the other's.
     assert torch.equal(region(weights, threshold=0.1), corner)
     assert torch.equal(region(weights.flip(0), threshold=0.1), weights[1] > 0)
     grown = torch.zeros(1, *CELLS, dtype=torch.bool)
     grown[:, :3, :3] = True
-    assert torch.equal(region(weights[:1], grow=1), grown)
+    assert torch.equal(region(weights[:1] + 0.3, grow=1), grown)
 
 
 def test_otsu_divides_two_groups() -> None:

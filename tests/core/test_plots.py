@@ -49,8 +49,8 @@ LID = LIDReport(
     variance95=9,
     gap=1,
     ratio=4,
-    correlation=None,
-    correlation_interval=None,
+    neighbour=None,
+    neighbour_interval=None,
     eigenvalues=VALUES,
     null=NULL,
     threshold=0.12,
@@ -170,10 +170,10 @@ def test_lid_plot_with_an_interval_open_above() -> None:
 def test_lid_plot_is_headed_by_the_answer() -> None:
     (axes,) = lid_plot_figure(LID).axes
     assert axes.get_title() == "Above the noise floor: 6, from 500 gradients"
-    known = replace(LID, correlation=3.14, correlation_interval=(2.5, 3.8))
+    known = replace(LID, neighbour=3.14, neighbour_interval=(2.5, 3.8))
     (axes,) = lid_plot_figure(known).axes
     assert known.dimension == 3.14
-    assert axes.get_title() == "Correlation dimension: 3.1, above the noise floor: 6, from 500 gradients"
+    assert axes.get_title() == "Dimension: 3.1, above the noise floor: 6, from 500 gradients"
 
 
 def test_heatmap_shows_the_cosines_and_the_angles() -> None:

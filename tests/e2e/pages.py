@@ -26,7 +26,7 @@ def graph(file: str) -> dict[str, Any]:
     sampling = {"seed": 5, "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
     return {
         "1": node("ElrondLoadDemoModel", name="student"),
-        "2": node("ElrondEncodeConcept", clip=["1", 1], prompt="a [thing]", concept="", occurrence=1),
+        "2": node("ElrondEncodeConcept", clip=["1", 1], prompt="a [person]", concept="", occurrence=1),
         "3": node("ElrondLoadDirections", name=file),
         "4": node("ElrondApplyDirection", conditioning=["2", 0], directions=["3", 0], strengths="", **steering),
         "5": node("EmptyLatentImage", width=64, height=64, batch_size=1),

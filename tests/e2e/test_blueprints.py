@@ -15,6 +15,7 @@ import pytest
 
 from demo.browser import PATIENCE
 from demo.server import PACK, Server
+from elrond_core.storage.format import load_directions
 from tests.e2e.pages import ROOT, run, shot
 from workflows.blueprints import BLUEPRINTS
 from workflows.examples import EXAMPLES, write
@@ -93,7 +94,7 @@ class Graph:
         self.sheet.group("All")
         self.sheet.column()
         self.model, self.clip, self.vae = self.sheet.add("ElrondLoadDemoModel", name="student")
-        (self.prompt,) = self.sheet.add("CLIPTextEncode", clip=self.clip, text="a thing")
+        (self.prompt,) = self.sheet.add("CLIPTextEncode", clip=self.clip, text="a person")
 
     def shown(self, positive: Output, count: int) -> int:
         """Sample and show images; returns the number of the node that shows them."""
@@ -225,13 +226,13 @@ def test_the_frontend_offers_the_blueprints_as_nodes(quiet: Any) -> None:
 def test_find_directions_and_diversify_with_them(quiet: Any, server: Server, known: dict[str, Any]) -> None:
     graph = Graph(known, FIND)
     found = graph.sheet.add(graph.kind, model=graph.model, clip=graph.clip)
-    (marked, _) = graph.sheet.add("ElrondEncodeConcept", clip=graph.clip, prompt="a [thing]")
+    (marked, _) = graph.sheet.add("ElrondEncodeConcept", clip=graph.clip, prompt="a [person]")
     diverse = graph.sheet.add("ElrondDiversify", conditioning=marked, directions=found[0], count=3)
     node = graph.shown(diverse[0], 3)
     graph.sheet.add("PreviewImage", images=found[1])
     plot = graph.last()
     opened(quiet, graph.saved())
-    put(quiet, graph.kind, prompt="a [thing]", size=64, steps=2, name="by the blueprint")
+    put(quiet, graph.kind, prompt="a [person]", size=64, steps=2, name="by the blueprint")
     images = run(quiet, server, str(node))
     assert len(images) == 3 and np.abs(images[0] - images[1]).max() > 20
     assert run(quiet, server, str(plot))[0].std() > 1
@@ -240,11 +241,11 @@ def test_find_directions_and_diversify_with_them(quiet: Any, server: Server, kno
 
 def test_diversify_a_batch(quiet: Any, server: Server, known: dict[str, Any]) -> None:
     graph = Graph(known, DIVERSIFY)
-    (directions, _) = graph.sheet.add("ElrondLoadDirections", name="demo thing words")
+    (directions, _) = graph.sheet.add("ElrondLoadDirections", name="demo person words")
     diverse = graph.sheet.add(graph.kind, conditioning=graph.prompt, clip=graph.clip, directions=directions)
     plain, steered = graph.shown(graph.prompt, 4), graph.shown(diverse[0], 4)
     opened(quiet, graph.saved())
-    put(quiet, graph.kind, concept="thing", count=4, seed=3)
+    put(quiet, graph.kind, concept="person", count=4, seed=3)
     images = {node: np.stack(run(quiet, server, str(node))) for node in (plain, steered)}
     # The frontend hands out the student's images again: what differs is the step of each image.
     assert (np.abs(images[steered] - images[plain]).reshape(4, -1).max(1) > 20).all()
@@ -255,7 +256,7 @@ def test_steer_with_sliders(quiet: Any, server: Server, known: dict[str, Any]) -
     (steered,) = graph.sheet.add(graph.kind, conditioning=graph.prompt, clip=graph.clip)
     node = graph.shown(steered, 1)
     opened(quiet, graph.saved())
-    put(quiet, graph.kind, concept="thing", file="demo thing words")
+    put(quiet, graph.kind, concept="person", file="demo person words")
     (plain,) = run(quiet, server, str(node))
     # Inside, as when it is opened: the panel's slider writes to the face.
     quiet.evaluate(
@@ -278,12 +279,13 @@ def test_steer_with_sliders(quiet: Any, server: Server, known: dict[str, Any]) -
     quiet.wait_for_timeout(600)
     if head.get_attribute("aria-expanded") != "true":
         head.click()
-    quiet.get_by_label("Use dark → bright", exact=True).locator("visible=true").check()
-    quiet.get_by_label("Strength of dark → bright", exact=True).locator("visible=true").press("End")
+    name = load_directions(ROOT / "demo" / "directions" / "demo person words.safetensors").names[0]
+    quiet.get_by_label(f"Use {name}", exact=True).locator("visible=true").check()
+    quiet.get_by_label(f"Strength of {name}", exact=True).locator("visible=true").press("End")
     shot(quiet, "blueprint steer, opened")
     quiet.evaluate("() => window.app.canvas.setGraph(window.app.rootGraph ?? window.app.graph)")
-    (brighter,) = run(quiet, server, str(node))
-    assert np.abs(brighter - plain).max() > 20
+    (moved,) = run(quiet, server, str(node))
+    assert np.abs(moved - plain).max() > 20
 
 
 @pytest.mark.parametrize("name", [load.__name__ for load in EXAMPLES])

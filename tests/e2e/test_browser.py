@@ -131,7 +131,7 @@ def test_randomise_moves_what_is_on_and_stays_in_its_range(page: Any, stored: st
 
 def test_a_slider_may_have_ends_of_its_own(page: Any, stored: str) -> None:
     show(page, stored)
-    page.get_by_label("Ends of the slider, and start and end, of direction 1").press("Enter")
+    page.get_by_label("Ends of the slider, and start and end, of direction 1", exact=True).press("Enter")
     for end, value in (("Highest", "3"), ("Lowest", "2")):
         field = page.get_by_label(f"{end} strength of direction 1", exact=True)
         field.fill(value)
@@ -220,7 +220,7 @@ def test_an_image_dropped_onto_the_canvas_makes_its_batch_again(page: Any, serve
 def test_names_and_stars_are_kept_in_the_file(page: Any, server: Server, stored: str) -> None:
     show(page, stored)
     panel = page.locator(".elrond-panel").first
-    name = panel.get_by_label("Name of direction 1")
+    name = panel.get_by_label("Name of direction 1", exact=True)
     name.focus()
     page.keyboard.type("rounder")
     page.keyboard.press("Delete")
@@ -252,7 +252,7 @@ def test_the_values_live_in_the_workflow(page: Any, stored: str) -> None:
 
 def test_a_file_that_appears_is_found(page: Any, server: Server, stored: str) -> None:
     show(page, stored)
-    new = Directions(torch.eye(128)[:2, None], torch.ones(2), {}, Provenance("Demo", "a thing", "thing"), ("a", "b"))
+    new = Directions(torch.eye(128)[:2, None], torch.ones(2), {}, Provenance("Demo", "a person", "person"), ("a", "b"))
     save_directions(new, server.output / "elrond" / "directions" / "dropped in.safetensors")
     panel = page.locator(".elrond-panel").first
     panel.get_by_label("Look at the files again").click()

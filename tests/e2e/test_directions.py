@@ -17,7 +17,7 @@ from PIL import Image
 from demo.server import Server, ServerError
 from elrond_core.storage.format import load_directions, save_directions
 
-SHIPPED = Path(__file__).parents[2] / "demo" / "directions" / "demo thing.safetensors"
+SHIPPED = Path(__file__).parents[2] / "demo" / "directions" / "demo person.safetensors"
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:
@@ -32,8 +32,8 @@ def sweep(**changes: Any) -> dict[str, Any]:
     words = "red, green, blue, small, large, left, right, top, bottom, dark, bright, round, square"
     return {
         "model": node("ElrondLoadDemoModel", name="teacher"),
-        "encode": node("ElrondEncodeConcept", clip=["model", 1], prompt="a [thing]", concept="", occurrence=1),
-        "load": node("ElrondLoadDirections", name="demo thing"),
+        "encode": node("ElrondEncodeConcept", clip=["model", 1], prompt="a [person]", concept="", occurrence=1),
+        "load": node("ElrondLoadDirections", name="demo person"),
         "some": node(
             "ElrondComposeDirections", directions=["load", 0], operation="subset", which="0-1", weights="", names=""
         ),
@@ -72,8 +72,8 @@ def ask(server: Server, path: str, body: bytes | None = None, kind: str = "appli
 
 def thumbnails(server: Server) -> list[str]:
     """Where the panel finds a picture of each direction of the shipped file; empty where there is none."""
-    status, told = ask(server, "/elrond/directions?name=demo%20thing")
-    assert status == 200 and told["concept"] == "thing"
+    status, told = ask(server, "/elrond/directions?name=demo%20person")
+    assert status == 200 and told["concept"] == "person"
     return [entry["thumbnail"] for entry in told["directions"]]
 
 
@@ -164,7 +164,7 @@ def test_no_other_file_can_be_read_or_written(server: Server, name: str) -> None
         b"[]",
         b"{",
         b'{"name": 1, "index": 0}',
-        b'{"name": "demo thing", "index": true}',
+        b'{"name": "demo person", "index": true}',
         b'{"name": "x", "index": 1e9}',
     ],
 )
@@ -173,7 +173,7 @@ def test_other_requests_are_refused(server: Server, body: bytes) -> None:
 
 
 def test_forms_of_other_sites_and_other_pictures_are_refused(server: Server) -> None:
-    change = b'{"name": "demo thing", "index": 0, "star": true}'
+    change = b'{"name": "demo person", "index": 0, "star": true}'
     assert ask(server, "/elrond/directions", change, "text/plain")[0] == 400
     for digest in ("../../x", "", "0" * 23, "g" * 24):
         assert ask(server, "/elrond/thumbnail?" + urllib.parse.urlencode({"digest": digest}))[0] == 400

@@ -15,7 +15,7 @@ from elrond_core.storage.format import load_directions, save_directions
 
 pytest.importorskip("playwright.sync_api", reason="The browser tests need the playwright package.")
 
-SHIPPED = Path(__file__).parents[2] / "demo" / "directions" / "demo thing.safetensors"
+SHIPPED = Path(__file__).parents[2] / "demo" / "directions" / "demo person.safetensors"
 # What each would do if it ran.
 RUN = "window.hostile = (window.hostile || 0) + 1"
 NAMES = [
@@ -65,7 +65,7 @@ def page(server: Server, browser: Any) -> Iterator[Any]:
         "1": {"class_type": "ElrondLoadDemoModel", "inputs": {"name": "student"}},
         "2": {
             "class_type": "ElrondEncodeConcept",
-            "inputs": {"clip": ["1", 1], "prompt": "a [thing]", "concept": "", "occurrence": 1},
+            "inputs": {"clip": ["1", 1], "prompt": "a [person]", "concept": "", "occurrence": 1},
         },
         "3": {"class_type": "ElrondLoadDirections", "inputs": {"name": FILE}},
         "4": {"class_type": "ElrondApplyDirection", "inputs": {**wires, **steering, "strengths": ""}},

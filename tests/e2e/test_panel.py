@@ -14,7 +14,8 @@ from demo.server import Server
 from elrond_core.storage.format import load_directions, save_directions
 from tests.e2e.pages import ROOT, graph, queued, run, shot, show, strengths
 
-WORDS = "demo thing words"
+WORDS = "demo person words"
+NAMES = load_directions(ROOT / "demo" / "directions" / f"{WORDS}.safetensors").names
 LOAD_API = "async (graph) => await window.app.loadApiJson(graph, 'graph')"
 OPEN = "async (graph) => await window.app.loadGraphData(graph, true, true, 'again')"
 SERIALIZE = "() => window.app.graph.serialize()"
@@ -46,9 +47,9 @@ def test_a_first_look_shows_names_and_pictures(page: Any) -> None:
     page.evaluate(LOAD_API, graph(WORDS))
     assert expanded(page, 4) and expanded(page, 3)
     panel = page.locator("#panel-4")
-    picture = panel.get_by_alt_text("What dark → bright does")
+    picture = panel.get_by_alt_text(f"What {NAMES[0]} does")
     page.wait_for_function("(image) => image.naturalWidth > 0", arg=picture.element_handle())
-    assert panel.get_by_label("Name of direction 1").input_value() == "red → blue"
+    assert panel.get_by_label("Name of direction 1", exact=True).input_value() == NAMES[1]
     assert panel.locator(".elrond-columns").inner_text().split("\n") == [
         "direction",
         "latent variance per unit of change",
@@ -57,7 +58,7 @@ def test_a_first_look_shows_names_and_pictures(page: Any) -> None:
     saved = page.evaluate(SERIALIZE)
     page.evaluate(OPEN, saved)
     assert not expanded(page, 4) and expanded(page, 3)
-    assert "dark → bright, red → blue" in head(page, 4).text_content()
+    assert f"{NAMES[0]}, {NAMES[1]}" in head(page, 4).text_content()
     for node in saved["nodes"]:
         node.get("properties", {}).pop("elrond", None)
     page.evaluate(OPEN, saved)
@@ -397,7 +398,7 @@ def test_presets_write_the_numbers_and_follow_them(page: Any, server: Server, st
 
 
 def test_presets_spread_where_the_models_variety_is_unknown(page: Any, server: Server) -> None:
-    shipped = load_directions(ROOT / "demo" / "directions" / "demo thing.safetensors")
+    shipped = load_directions(ROOT / "demo" / "directions" / "demo person.safetensors")
     path = server.output / "elrond" / "directions" / "without variety.safetensors"
     save_directions(replace(shipped, natural_std=()), path)
     page.evaluate(LOAD_API, batch_of("without variety", 2))
@@ -432,10 +433,13 @@ def test_a_part_of_the_sampling_is_chosen_for_all_sliders(page: Any, stored: str
 
 def test_sliders_of_calibrated_directions_end_where_they_are_usable(page: Any, server: Server) -> None:
     """In token norms at the interval, else at 1; with a mark at every stop."""
-    shipped = load_directions(ROOT / "demo" / "directions" / "demo thing.safetensors")
+    shipped = load_directions(ROOT / "demo" / "directions" / "demo person.safetensors")
     stops = (-0.8, -0.3, 0.0, 0.5, 1.4)
     none = len(shipped) - 1
-    calibrated = replace(shipped, intervals=((-0.8, 1.4), *none * [(0.0, 0.0)]), stops=(stops, *none * [()]))
+    names = ("",) * len(shipped)
+    calibrated = replace(
+        shipped, names=names, intervals=((-0.8, 1.4), *none * [(0.0, 0.0)]), stops=(stops, *none * [()])
+    )
     save_directions(calibrated, server.output / "elrond" / "directions" / "calibrated.safetensors")
     show(page, "calibrated")
     slider = page.get_by_label("Strength of direction 0", exact=True)

@@ -42,7 +42,7 @@ def second(server: Server) -> str:
     path = server.output / "elrond" / "directions" / "second.safetensors"
     vectors = torch.eye(128)[:2, None]
     save_directions(
-        Directions(vectors, torch.ones(2), {}, Provenance("Demo", "a thing", "thing"), ("left", "right")), path
+        Directions(vectors, torch.ones(2), {}, Provenance("Demo", "a person", "person"), ("left", "right")), path
     )
     return "second"
 
@@ -102,7 +102,7 @@ def test_load_directions_moves_into_a_subgraph(quiet: Any, stored: str) -> None:
     show(page, stored)
     page.evaluate(WRAP, ["outer", LOAD])
     page.wait_for_timeout(600)
-    assert page.evaluate("() => window.app.graph.getNodeById(4).elrondPanel.file.directions.length") == 6
+    assert page.evaluate("() => window.app.graph.getNodeById(4).elrondPanel.file.directions.length") == 12
     page.get_by_label("Use direction 0", exact=True).check()
 
 
@@ -114,7 +114,7 @@ def test_the_boundary_may_be_crossed_twice(quiet: Any, stored: str) -> None:
     page.evaluate(WRAP, ["inner", APPLY])
     page.evaluate("() => { window.app.graph.convertToSubgraph(new Set([window.inner])); }")
     page.wait_for_function(
-        "() => window.inner.subgraph.nodes.find((each) => each.elrondPanel).elrondPanel.file?.directions.length === 6",
+        "() => window.inner.subgraph.nodes.find((each) => each.elrondPanel).elrondPanel.file?.directions.length === 12",
         timeout=PATIENCE,
     )
 
@@ -211,7 +211,7 @@ def nodes_2(server: Server, browser: Any) -> Iterator[Any]:
 def test_nodes_2_keep_a_long_list_short(nodes_2: Any, server: Server) -> None:
     """Twenty directions scroll in a list as tall as six, and the wheel over it does not zoom the canvas."""
     names = tuple(f"number {i}" for i in range(20))
-    twenty = Directions(torch.eye(128)[:20, None], torch.ones(20), {}, Provenance("Demo", "a thing", "thing"), names)
+    twenty = Directions(torch.eye(128)[:20, None], torch.ones(20), {}, Provenance("Demo", "a person", "person"), names)
     save_directions(twenty, server.output / "elrond" / "directions" / "twenty.safetensors")
     page = nodes_2
     show(page, "twenty")

@@ -105,12 +105,12 @@ def test_discover(server: Server, discovered: dict[str, Any]) -> None:
     assert all((images[0] != image).any() for image in images[1:])
     for plot in ids(graph, "PreviewImage"):
         assert_plot(pictures(server, discovered, plot))
-    for name, method in (("demo thing pca", "pca"), ("demo thing", "response")):
+    for name, method in (("demo person pca", "pca"), ("demo person", "response")):
         directions = load_directions(server.output / "elrond" / "directions" / f"{name}.safetensors", width=WIDTH)
         assert len(directions) == 4
         assert directions.method["name"] == method
         origin = directions.provenance
-        assert (origin.concept, origin.prompt, origin.count, origin.seed) == ("thing", "a thing", 48, 1)
+        assert (origin.concept, origin.prompt, origin.count, origin.seed) == ("person", "a person", 48, 1)
 
 
 @pytest.mark.usefixtures("discovered")
@@ -203,7 +203,7 @@ def test_complexity(server: Server) -> None:
     graph = workflow("complexity")
     outputs = server.run(graph)
     shown = {graph[node]["_meta"]["title"]: outputs[node]["text"][0] for node in ids(graph, "PreviewAny")}
-    for word in ("sun", "thing"):
+    for word in ("clone", "person"):
         assert float(shown[f"Dimension: {word}"]) >= 0
         assert "48 gradients" in shown[f"Report: {word}"]
     for plot in ids(graph, "PreviewImage"):
@@ -215,7 +215,7 @@ def test_complexity(server: Server) -> None:
 
 def some_directions(family: str, rows: int = 1, width: int = WIDTH) -> Directions:
     vectors = torch.nn.functional.normalize(torch.randn(3, rows * width, generator=torch.Generator().manual_seed(0)))
-    provenance = Provenance(family, "a thing", "thing", ("thing",) * rows, tuple(range(2, 2 + rows)), 1.0, (1.0,), 9)
+    provenance = Provenance(family, "a person", "person", ("person",) * rows, tuple(range(2, 2 + rows)), 1.0, (1.0,), 9)
     return Directions(vectors.reshape(3, rows, width), torch.ones(3), {"name": "pca"}, provenance)
 
 
@@ -233,7 +233,7 @@ def some_gradients(count: int, response: bool = False) -> Gradients:
 
 @pytest.fixture(scope="module")
 def family(server: Server, discovered: dict[str, Any]) -> str:
-    return load_directions(server.output / "elrond" / "directions" / "demo thing.safetensors").provenance.family
+    return load_directions(server.output / "elrond" / "directions" / "demo person.safetensors").provenance.family
 
 
 @pytest.fixture(scope="module")
@@ -300,11 +300,11 @@ def sampled(node: Any, positive: dict[str, Any], **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("inputs", "pattern"),
     [
-        ({"prompt": "a thing", "concept": "dog"}, "The concept 'dog' is not in the prompt 'a thing'"),
-        ({"prompt": "a thing"}, "Name the concept"),
-        ({"prompt": "a [thing"}, "do not match"),
+        ({"prompt": "a person", "concept": "dog"}, "The concept 'dog' is not in the prompt 'a person'"),
+        ({"prompt": "a person"}, "Name the concept"),
+        ({"prompt": "a [person"}, "do not match"),
         ({"prompt": "a [ ]"}, "empty brackets"),
-        ({"prompt": "a thing", "concept": "thing", "occurrence": 2}, "has 'thing' 1 times"),
+        ({"prompt": "a person", "concept": "person", "occurrence": 2}, "has 'person' 1 times"),
     ],
 )
 def test_a_concept_that_is_not_in_the_prompt(server: Server, node: Any, inputs: dict[str, Any], pattern: str) -> None:
@@ -315,9 +315,9 @@ def test_a_concept_that_is_not_in_the_prompt(server: Server, node: Any, inputs: 
 def marked(node: Any, **inputs: Any) -> dict[str, Any]:
     """A graph that marks a concept in two stock prompts, samples them and shows the report."""
     return {
-        "word": node("PrimitiveString", value="a red ball"),
+        "word": node("PrimitiveString", value="a red lady"),
         "plain": node("CLIPTextEncode", clip=["model", 1], text=["word", 0]),
-        "other": node("CLIPTextEncode", clip=["model", 1], text="a blue ball"),
+        "other": node("CLIPTextEncode", clip=["model", 1], text="a blue lady"),
         "both": node("ConditioningCombine", conditioning_1=["plain", 0], conditioning_2=["other", 0]),
         **sampled(node, node("ElrondMarkConcept", conditioning=["both", 0], clip=["model", 1], **inputs)),
         "report": node("PreviewAny", source=["encode", 1]),
@@ -325,10 +325,10 @@ def marked(node: Any, **inputs: Any) -> dict[str, Any]:
 
 
 def test_mark_concept_reads_the_texts_of_the_graph(server: Server, node: Any) -> None:
-    (report,) = server.run(marked(node, concept="ball"))["report"]["text"]
-    assert re.findall(r"entry \d: (.*)\nconcept 'ball': tokens ball, rows \[3\]", report) == [
-        "a red ball",
-        "a blue ball",
+    (report,) = server.run(marked(node, concept="lady"))["report"]["text"]
+    assert re.findall(r"entry \d: (.*)\nconcept 'lady': tokens lady, rows \[3\]", report) == [
+        "a red lady",
+        "a blue lady",
     ]
 
 
@@ -357,7 +357,7 @@ def collected(node: Any, **more: Any) -> dict[str, Any]:
     return {
         "model": node("ElrondLoadDemoModel"),
         "encode": node("ElrondEncodeConcept", clip=["model", 1]),
-        "plain": node("CLIPTextEncode", clip=["model", 1], text="a thing"),
+        "plain": node("CLIPTextEncode", clip=["model", 1], text="a person"),
         "latent": node("EmptyLatentImage", width=64, height=64, batch_size=more.pop("batch_size", 2)),
         "collect": node(
             "ElrondCollectGradients",
@@ -385,7 +385,7 @@ def steered(node: Any, file: str, kind: str, **inputs: Any) -> dict[str, Any]:
     return {
         "model": node("ElrondLoadDemoModel"),
         "encode": node("ElrondEncodeConcept", clip=["model", 1]),
-        "plain": node("CLIPTextEncode", clip=["model", 1], text="a thing"),
+        "plain": node("CLIPTextEncode", clip=["model", 1], text="a person"),
         "load": node("ElrondLoadDirections", name=file),
         "steer": node(kind, **{"conditioning": ["encode", 0], "directions": ["load", 0], **inputs}),
         "latent": node("EmptyLatentImage", width=64, height=64),

@@ -50,7 +50,7 @@ def teacher(nodes: dict[str, Any]) -> SimpleNamespace:
     """Model, clip, vae, a marked prompt and 24 realizations, made in inference mode as the executor does."""
     with torch.inference_mode():
         model, clip, vae = nodes["ElrondLoadDemoModel"].execute("teacher").args
-        positive = nodes["ElrondEncodeConcept"].execute(clip, "a [thing]", "", 1).args[0]
+        positive = nodes["ElrondEncodeConcept"].execute(clip, "a [person]", "", 1).args[0]
         realizations = (
             nodes["ElrondSampleRealizations"]
             .execute(model, positive, 64, 64, 24, 24, 3, 8, 1.0, "euler", "simple")

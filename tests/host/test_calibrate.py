@@ -22,7 +22,7 @@ from comfyui_elrond.elrond_core.steering.calibration import strength_at
 from comfyui_elrond.elrond_core.storage.format import load_directions, save_directions
 from comfyui_elrond.nodes import host
 
-SHIPPED = Path(__file__).parents[2] / "demo" / "directions" / "demo thing.safetensors"
+SHIPPED = Path(__file__).parents[2] / "demo" / "directions" / "demo person.safetensors"
 SETTINGS: dict[str, Any] = {
     "which": "0, 1",
     "seeds": 2,
@@ -82,7 +82,7 @@ def test_stops_lie_at_equal_changes(nodes: dict[str, Any], teacher: SimpleNamesp
     assert "more samples" not in report
     assert all(found.stops[:2]) and not any(found.stops[2:])
     assert torch.equal(found.vectors, shipped.vectors) and found.names == shipped.names
-    assert "2 seeds of 'thing'" in found.method["calibration"] and "pixels at 32 x 32" in report
+    assert "2 seeds of 'person'" in found.method["calibration"] and "pixels at 32 x 32" in report
     assert sheet.shape[0] == 1 and sheet.shape[2] > 9 * 32
     stops = found.stops[0]
     assert len(stops) == 9 and stops[4] == 0 and found.intervals[0] == (stops[0], stops[-1])
@@ -172,7 +172,7 @@ def test_realizations_take_the_place_of_references(
         ({"concept": "dog"}, "no marked concept 'dog'"),
         ({"samples": 3}, "at least 16 samples, not 3"),
         ({"furthest": -1.0}, "furthest strength must lie above 0"),
-        ({"realizations": {"samples": torch.zeros(3, 24, 8, 8)}}, "at least 8 realizations, not 3"),
+        ({"realizations": {"samples": torch.zeros(3, 16, 8, 8)}}, "at least 8 realizations, not 3"),
         ({"realizations": {"samples": torch.zeros(9, 24, 8, 16)}}, "of another size: set width and height to theirs"),
     ],
 )

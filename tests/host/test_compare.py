@@ -20,7 +20,7 @@ AXES = torch.eye(128)[:, None]
 
 def directions(*axes: int) -> Directions:
     vectors = AXES[list(axes)]
-    return Directions(vectors, torch.ones(len(axes)), {"name": "test"}, Provenance("Demo", concept="thing"))
+    return Directions(vectors, torch.ones(len(axes)), {"name": "test"}, Provenance("Demo", concept="person"))
 
 
 def collect(nodes: dict[str, Any], teacher: SimpleNamespace, seed: int, **more: Any) -> Any:
@@ -44,7 +44,7 @@ def test_compare_gives_what_is_shared_and_what_is_not(nodes: dict[str, Any]) -> 
     ]
     assert plot.ndim == 4 and plot.shape[0] == 1 and plot.shape[3] == 3 and 0 <= plot.min() < plot.max() <= 1
     for found, axes in ((shared, [1, 2]), (only_reference, [0]), (only_sample, [3, 4])):
-        assert len(found) == len(axes) and found.provenance.concept == "thing"
+        assert len(found) == len(axes) and found.provenance.concept == "person"
         assert found.vectors.flatten(1)[:, axes].norm(dim=1).tolist() == pytest.approx([1.0] * len(axes))
 
 
@@ -122,8 +122,8 @@ def test_two_machines_gradients_are_merged_saved_and_decomposed(
 def test_merge_refuses_another_concept_and_what_is_normalised(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
     run = nodes["ElrondMergeGradients"].execute
     one, other = collect(nodes, teacher, 1), collect(nodes, teacher, 2)
-    with pytest.raises(ElrondError, match="the concept of one is 'thing', of the other 'ball'"):
-        run(one, replace(other, provenance=other.provenance.with_(concept="ball")))
+    with pytest.raises(ElrondError, match="the concept of one is 'person', of the other 'lady'"):
+        run(one, replace(other, provenance=other.provenance.with_(concept="lady")))
     normalised = nodes["ElrondSelectGradients"].execute(other, 0, True).args[0]
     with pytest.raises(ElrondError, match="merge them before they are normalised"):
         run(one, normalised)

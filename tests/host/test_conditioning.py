@@ -14,7 +14,7 @@ from comfyui_elrond.nodes import host
 def test_a_marked_prompt_names_its_concepts_and_cannot_change(teacher: SimpleNamespace) -> None:
     tensor, prompt = host.marked(teacher.positive)
     (concept,) = prompt.concepts
-    assert (prompt.family, prompt.prompt, concept.word) == ("Demo", "a thing", "thing")
+    assert (prompt.family, prompt.prompt, concept.word) == ("Demo", "a person", "person")
     assert set(concept.rows) < set(prompt.words)
     assert prompt.norms == (float(tensor[0, list(concept.rows)].norm(dim=-1).mean()),)
     with pytest.raises(FrozenInstanceError):

@@ -78,7 +78,7 @@ def test_words_whose_opposites_are_guessed() -> None:
         guessable("red")
 
 
-ORIGIN = Provenance("Demo", "a thing", "thing", ("thing",), (2,), latent_values=1536)
+ORIGIN = Provenance("Demo", "a thing", "thing", ("thing",), (2,), latent_values=1024)
 TOLD = "red - blue, small - large, left - right, dark - bright"
 PHRASES = [phrase for contrast in contrasts_of(TOLD) for phrase in contrast.phrases]
 

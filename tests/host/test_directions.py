@@ -24,9 +24,7 @@ from comfyui_elrond.elrond_core.storage.format import load_directions
 from comfyui_elrond.nodes import host, routes
 from PIL import Image
 
-from demo.captions import WORDS
-
-SHIPPED = Path(__file__).parents[2] / "demo" / "directions" / "demo thing.safetensors"
+SHIPPED = Path(__file__).parents[2] / "demo" / "directions" / "demo person.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +128,8 @@ def test_impossible_ranges_are_refused_before_the_graph_runs(nodes: dict[str, An
         ("ComposeDirections", {"weights": "1, x"}, "'x' is not a number"),
         ("ComposeDirections", {"which": "0, 0"}, "Direction 0 is listed twice"),
         ("DirectionSweep", {"which": "first"}, "'first' is not a direction"),
-        ("EncodeConcept", {"prompt": "a [thing", "concept": ""}, "do not match"),
-        ("EncodeConcept", {"prompt": "a thing", "concept": " "}, "Name the concept"),
+        ("EncodeConcept", {"prompt": "a [person", "concept": ""}, "do not match"),
+        ("EncodeConcept", {"prompt": "a person", "concept": " "}, "Name the concept"),
         ("TrainSAE", {"lowest_density": -1.0, "highest_density": -2.0}, "densities must go from low to high"),
         ("LabelDirections", {"words": "red"}, "at least two words"),
         ("FitWords", {"words": "red"}, "at least two words"),
@@ -172,7 +170,7 @@ def test_compose(nodes: dict[str, Any], shipped: Directions) -> None:
 
 
 def rows_with(teacher: SimpleNamespace, word: str) -> torch.Tensor:
-    return host.encode(teacher.clip, f"a {word} thing")[0][0][0, 3]
+    return host.encode(teacher.clip, f"a {word} person")[0][0][0, 3]
 
 
 def test_labels_of_directions_that_words_make(nodes: dict[str, Any], teacher: SimpleNamespace) -> None:
@@ -181,7 +179,7 @@ def test_labels_of_directions_that_words_make(nodes: dict[str, Any], teacher: Si
     with torch.inference_mode():
         rows = torch.stack([rows_with(teacher, word) for word in words]).clone()
     moves = torch.nn.functional.normalize(rows - rows.mean(0), dim=1)[:, None]
-    origin = Provenance("Demo", "a thing", "thing", ("thing",), (2,))
+    origin = Provenance("Demo", "a person", "person", ("person",), (2,))
     planted = Directions(moves, torch.ones(8), {"name": "test"}, origin, names=("", "mine", *[""] * 6))
     with torch.inference_mode():
         run = nodes["ElrondLabelDirections"].execute
@@ -206,9 +204,9 @@ def test_labels_look_at_the_occurrence_the_directions_are_for(
     teacher: SimpleNamespace, rows: tuple[int, ...], place: int
 ) -> None:
     """All rows of it, or a single one; the first where that is unclear."""
-    origin = Provenance("Demo", "a red thing and a red thing", "red thing", rows=rows)
+    origin = Provenance("Demo", "a red person and a red person", "red person", rows=rows)
     with torch.inference_mode():
-        assert host.span_of(teacher.clip, origin) == ((2, 11), (18, 27))[place]
+        assert host.span_of(teacher.clip, origin) == ((2, 12), (19, 29))[place]
 
 
 def test_rows_that_an_encoder_appends_move_no_concept(
@@ -216,9 +214,9 @@ def test_rows_that_an_encoder_appends_move_no_concept(
 ) -> None:
     def found() -> tuple[Any, ...]:
         with torch.inference_mode():
-            marked = nodes["ElrondEncodeConcept"].execute(teacher.clip, "a thing and a [thing]", "", 1).args[0]
+            marked = nodes["ElrondEncodeConcept"].execute(teacher.clip, "a person and a [person]", "", 1).args[0]
             memory = host.marked(marked)[1]
-            origin = Provenance("Demo", "a thing and a thing", "thing", rows=memory.concepts[0].rows)
+            origin = Provenance("Demo", "a person and a person", "person", rows=memory.concepts[0].rows)
             span = host.span_of(teacher.clip, origin)
             return memory.concepts, memory.words, span, host.rows_of(teacher.clip, origin.prompt, span).tolist()
 
@@ -228,7 +226,7 @@ def test_rows_that_an_encoder_appends_move_no_concept(
         return [[torch.nn.functional.pad(rows, (0, 0, 0, 3)), options] for rows, options in usual(tokens)]
 
     monkeypatch.setattr(teacher.clip, "encode_from_tokens_scheduled", longer)
-    assert found() == expected and expected[2] == (14, 19)
+    assert found() == expected and expected[2] == (15, 21)
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +240,20 @@ def gradients(nodes: dict[str, Any], teacher: SimpleNamespace) -> Gradients:
 def test_directions_between_words_are_kept_and_steer(
     nodes: dict[str, Any], teacher: SimpleNamespace, gradients: Gradients
 ) -> None:
-    words = [word for some in WORDS.values() for word in some]
+    words = [
+        "pale",
+        "fair",
+        "tan",
+        "bald",
+        "bearded",
+        "shaven",
+        "smiling",
+        "frowning",
+        "winking",
+        "sleeping",
+        "blond",
+        "ginger",
+    ]
     with torch.inference_mode():
         found, report = nodes["ElrondFitWords"].execute(gradients, teacher.clip, ", ".join(words), 0.0, 3).args
     ends = [name.split(" → ") for name in found.names]
@@ -419,7 +430,7 @@ def test_what_the_panel_is_told_and_changes(nodes: dict[str, Any], shipped: Dire
     routes.change("animals/panel", 1, " round ", None)
     routes.change("animals/panel", 0, None, True)
     told = routes.describe("animals/panel")["directions"]
-    assert [entry["label"] for entry in told[:2]] == ["", "round"]
+    assert [entry["label"] for entry in told[:2]] == [shipped.names[0], "round"]
     assert [entry["star"] for entry in told[:2]] == [True, False]
     for name, index, label, sentence in (
         ("../../evil", 0, "x", "cannot be a file name"),
@@ -462,10 +473,10 @@ def test_the_length_of_a_step_is_that_of_its_sum(nodes: dict[str, Any], shipped:
 
 def test_a_shipped_file_is_copied_before_it_is_changed(nodes: dict[str, Any]) -> None:
     before = SHIPPED.read_bytes()
-    routes.change("demo thing", 0, "mine", None)
+    routes.change("demo person", 0, "mine", None)
     assert SHIPPED.read_bytes() == before
-    assert routes.describe("demo thing")["directions"][0]["label"] == "mine"
-    (host.output_folder() / "directions" / "demo thing.safetensors").unlink()
+    assert routes.describe("demo person")["directions"][0]["label"] == "mine"
+    (host.output_folder() / "directions" / "demo person.safetensors").unlink()
 
 
 def test_diversify_leaves_masks_and_other_prompts_alone(

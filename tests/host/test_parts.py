@@ -26,7 +26,7 @@ from sampling import sample
 
 import nodes as stock
 
-SHIPPED = Path(__file__).parents[2] / "demo" / "directions" / "demo thing.safetensors"
+SHIPPED = Path(__file__).parents[2] / "demo" / "directions" / "demo person.safetensors"
 STEPS, COUNT = 4, 5
 LEFT, TOP = torch.zeros(1, 8, 8), torch.zeros(1, 8, 8)
 LEFT[:, :, :3] = 1
@@ -61,11 +61,11 @@ def diversify(nodes: dict[str, Any], shipped: Directions) -> Any:
 @pytest.fixture(scope="module")
 def ball(teacher: SimpleNamespace) -> Any:
     """Another prompt, which acts everywhere and always."""
-    return host.encode(teacher.clip, "a blue ball")
+    return host.encode(teacher.clip, "a blue lady")
 
 
 def images(teacher: SimpleNamespace, positive: Any, count: int = 2, steps: int = STEPS) -> torch.Tensor:
-    noise = torch.randn(count, 24, 8, 8, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(count, 16, 8, 8, generator=torch.Generator().manual_seed(1))
     return sample(teacher.model, positive, noise, steps)
 
 
@@ -79,7 +79,7 @@ def differs(found: torch.Tensor, other: torch.Tensor) -> bool:
 
 def latents_after(teacher: SimpleNamespace, positive: Any, steps: int) -> torch.Tensor:
     """Noisy latents after the first of `STEPS` steps."""
-    noise = torch.randn(2, 24, 8, 8, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
     return sample(teacher.model, positive, noise, STEPS, 0, steps)
 
 
@@ -200,7 +200,7 @@ def test_the_last_node_decides(teacher: SimpleNamespace, ball: Any, apply: Any) 
 
 def test_an_area_fades_at_its_edges_as_before(teacher: SimpleNamespace, ball: Any, apply: Any) -> None:
     def estimate(positive: Any) -> torch.Tensor:
-        noise = torch.randn(2, 24, 16, 16, generator=torch.Generator().manual_seed(1))
+        noise = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(1))
         return sample(teacher.model, ball + area(positive, 96, 80, 32, 16, 1.0)[0], noise, 1)
 
     area, cells = stock.ConditioningSetArea().append, torch.zeros(1, 16, 16)
@@ -230,7 +230,7 @@ def advanced(teacher: SimpleNamespace, positive: Any, latent: dict[str, Any], no
 
 @pytest.fixture
 def batch() -> dict[str, Any]:
-    return {"samples": torch.zeros(COUNT, 24, 8, 8)}
+    return {"samples": torch.zeros(COUNT, 16, 8, 8)}
 
 
 @pytest.mark.parametrize("sampler", [ksampler, advanced])
@@ -251,7 +251,7 @@ def test_an_image_has_its_own_step_in_any_part_of_its_batch(
             check(sampler(teacher, positive, part), whole[first : first + length])
         parts = LatentRebatch.execute([batch], [2]).args[0]
         check(torch.cat([sampler(teacher, positive, part) for part in parts]), whole)
-        mixed = {"samples": torch.zeros(3, 24, 8, 8), "batch_index": [4, 1, 4]}
+        mixed = {"samples": torch.zeros(3, 16, 8, 8), "batch_index": [4, 1, 4]}
         check(sampler(teacher, positive, mixed), whole[[4, 1, 4]])
 
 
@@ -266,7 +266,7 @@ def test_a_later_pass_over_a_part_of_a_batch(teacher: SimpleNamespace, diversify
 def test_images_that_cannot_be_recognised(teacher: SimpleNamespace, diversify: Any, batch: dict[str, Any]) -> None:
     """With a noise of its own, a whole batch is taken in order, and another number of images is refused."""
     positive, zero = diversify(teacher.positive), custom.Noise_EmptyNoise()
-    latent = {"samples": torch.randn(COUNT, 24, 8, 8, generator=torch.Generator().manual_seed(0))}
+    latent = {"samples": torch.randn(COUNT, 16, 8, 8, generator=torch.Generator().manual_seed(0))}
     whole = advanced(teacher, positive, latent, zero)
     alone = [[positive[0][0].as_subclass(torch.Tensor)[2:3], positive[0][1]]]
     single = {"samples": latent["samples"][2:3]}
@@ -346,9 +346,9 @@ def test_latents_of_another_family_are_refused(
     nodes: dict[str, Any], teacher: SimpleNamespace, shipped: Directions, node: str
 ) -> None:
     with pytest.raises(
-        ElrondError, match=r"^These latents have 16 channels and this model's have 24: sample them .*\.$"
+        ElrondError, match=r"^These latents have 24 channels and this model's have 16: sample them .*\.$"
     ):
-        look(nodes, teacher, shipped, node, teacher.positive, torch.ones(2, 16, 8, 8))
+        look(nodes, teacher, shipped, node, teacher.positive, torch.ones(2, 24, 8, 8))
 
 
 def look(

@@ -27,7 +27,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="links and pipes of POSIX"
 
 def directions(name: str = "") -> Directions:
     vectors = torch.eye(4)[:2, None]
-    return Directions(vectors, torch.ones(2), {"name": "pca"}, Provenance("Demo", "a thing", "thing"), (name, ""))
+    return Directions(vectors, torch.ones(2), {"name": "pca"}, Provenance("Demo", "a person", "person"), (name, ""))
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_only_files_that_can_be_loaded_are_listed(nodes: dict[str, Any], folder:
     assert own(folder) == {"good", "animals/cat", "linked"}
     schema = nodes["ElrondLoadDirections"].define_schema()
     assert "good" in schema.inputs[0].options and json.dumps(schema.inputs[0].options)
-    assert nodes["ElrondLoadDirections"].execute("linked").args[0].provenance.concept == "thing"
+    assert nodes["ElrondLoadDirections"].execute("linked").args[0].provenance.concept == "person"
     for name in ("dangling", "pipe", "folder"):
         assert "There is no directions file" in nodes["ElrondLoadDirections"].validate_inputs(name)
         assert nodes["ElrondLoadDirections"].fingerprint_inputs(name) == "missing"

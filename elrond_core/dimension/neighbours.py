@@ -1,24 +1,30 @@
-"""Correlation dimension of a concept's images, as the concept's rows see them.
+"""Nearest-neighbour dimension of a concept's images, as the concept's rows see them.
 
-PCA overcounts curved manifolds: the images of one moving object lie on a curve that bends through many dimensions. The
-correlation dimension (Grassberger and Procaccia, 1983, "Measuring the strangeness of strange attractors") counts the
-ways to move along the manifold instead. It is the rate at which the number of neighbours grows with the radius.
+PCA overcounts curved manifolds: the images of one moving object lie on a curve that bends through many dimensions.
+What grows with the number of ways to move along the manifold is how fast neighbours become more with the distance. It
+is estimated from the nearest neighbours of each point by maximum likelihood (Levina and Bickel, 2004, "Maximum
+likelihood estimation of intrinsic dimension"; averaged over points as MacKay and Ghahramani, 2005, correct it). It
+looks at neighbours only: that the kinds of a concept lie far apart does not make it one of few ways.
 
-Each realization is a point: the mean of the gradients towards it, over the realizations that were noised. In the
-eigenvectors of `elrond_core.decompose.response`, where a step of the rows is measured by the change of the image that
-it causes, the variance of these points along a component is that of the images along this change, in units of latent
-values. A component counts if the points' standard deviation along it exceeds `CorrelationOptions.least_std`, and if
-their variance exceeds what the scatter of the gradients would give Gaussian points by chance (Johnstone, 2008, for two
-covariances). Components that count are scaled to equal variance.
+Each realization is a point: the mean of the gradients towards it, over the realizations that were noised. Points are
+compared in the eigenvectors of `elrond_core.decompose.response`, where a step of the rows is measured by the change of
+the image that it causes: distances are those of images, in latent values, so far as the rows can make them. A component
+counts if the points' variance along it exceeds what the scatter of the gradients would give Gaussian points by chance
+(Johnstone, 2008, for two covariances).
 
-If every gradient has its own noised realization, the points also scatter with all that differs between noised
-realizations, most of all in distilled models, whose estimates are images from the first step on. A few noised
-realizations should therefore be compared with all others: what they contribute is then the same for every point.
+If every gradient has its own noised realization, the points scatter with all that differs between noised realizations,
+most of all in distilled models, whose estimates are images from the first step on. To near neighbours, that noise looks
+like many dimensions. Its variance follows from the same scatter. It is taken from the squared distances, and neighbours
+that are nearer than two copies of one point would be are left out: the likelihood is that of distances beyond.
 
-Evenly drawn points in a cube have a correlation dimension below that of the cube, because of its boundary, and the
-deficit grows with the dimension. The result is therefore the dimension of the cube whose points have the observed
-value. This assumes independent ways to vary, and distances (those of the closest 5 to 20 % of all pairs) above the
-noise of the points and below the bends of the manifold.
+A few noised realizations should therefore be compared with all others. A gradient is linear in the image that it points
+to (it is the Jacobian's product with a difference), so the mean over the same noised realizations is a linear picture
+of the images, without any noise; what the points scatter with is the variance of a mean over a sample of these, with
+the usual correction for a sample that is a large part of all.
+
+Points near the boundary of a set have neighbours on one side only, which lowers the estimate, the more the higher the
+dimension. The result is therefore the dimension of the cube whose evenly drawn points, as many, have the observed
+value.
 """
 
 from __future__ import annotations
@@ -30,6 +36,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from scipy.optimize import brentq
 
 from ..decompose.moments import Moments, filled
 from ..decompose.pca import descending
@@ -40,13 +47,12 @@ from .noise import TRACY_WIDOM
 
 
 @dataclass(frozen=True)
-class CorrelationOptions:
-    """Constants of the estimate.
+class NeighbourOptions:
+    """Constants of the estimate. None depends on a model.
 
     Attributes:
-        least_std: standard deviation of the points along a component, in latent values, from which on it counts. A
-            latent value itself has about 1; at 1, concepts with many ways to vary are underestimated.
-        near, far: shares of all pairs; the slope is taken between the distances below which they lie.
+        neighbours: of each point; the fewest that Levina and Bickel use. With more, the neighbours of a point of a rare
+            kind would be of other kinds.
         chance_rate: probability with which points without signal may exceed the level of chance.
         least_targets: fewest realizations that give a dimension.
         least_repeats: fewest gradients towards a realization that is used.
@@ -55,32 +61,32 @@ class CorrelationOptions:
         gradients_per_component: gradients above the groups' means for each component that is looked at; with fewer, a
             component would be fitted to noise.
         pairs_per_source: gradients of each noised realization, on average, from which on their mean is subtracted.
-        cube_points: points in each cube that a slope is compared with. The slope hardly depends on it.
         highest: highest dimension of a cube, and so of the result.
     """
 
-    least_std: float = 0.75
-    near: float = 0.05
-    far: float = 0.2
+    neighbours: int = 10
     chance_rate: float = 0.01
     least_targets: int = 30
     least_repeats: int = 2
-    most_targets: int = 2000
+    most_targets: int = 1000
     half_samples: int = 50
     gradients_per_component: int = 4
     pairs_per_source: int = 8
-    cube_points: int = 500
     highest: int = 40
 
 
-_DEFAULTS = CorrelationOptions()
+_DEFAULTS = NeighbourOptions()
 # Gradients, or realizations, of which float64 copies are made at a time.
 _BLOCK = 512
+# Points that are drawn in all for one value of a cube, in as many sets as that makes.
+_CUBE_POINTS = 1000
+# To so many parts of one is the share of distances rounded that a cube's points are cut at.
+_SHARES = 50
 
 
 @dataclass(frozen=True)
-class CorrelationDimension:
-    """A correlation dimension and its uncertainty.
+class NeighbourDimension:
+    """A nearest-neighbour dimension and its uncertainty.
 
     Attributes:
         value: the dimension; 0 if no component counts.
@@ -91,10 +97,10 @@ class CorrelationDimension:
     interval: tuple[float, float]
 
 
-def correlation_dimension(
-    gradients: Gradients, seed: int = 0, options: CorrelationOptions = _DEFAULTS
-) -> CorrelationDimension | None:
-    """Correlation dimension of the realizations, from the gradients of the highest noise level.
+def neighbour_dimension(
+    gradients: Gradients, seed: int = 0, options: NeighbourOptions = _DEFAULTS
+) -> NeighbourDimension | None:
+    """Nearest-neighbour dimension of the realizations, from the gradients of the highest noise level.
 
     The interval comes from half-samples without replacement; a bootstrap would repeat points, at distance zero.
 
@@ -109,29 +115,33 @@ def correlation_dimension(
     Raises:
         ElrondError: if a gradient or probe is not finite, or all are the same.
     """
-    points = _points(gradients, options)
-    if points is None:
+    found = _points(gradients, options)
+    if found is None:
         return None
+    points, noise = found
     if not points.shape[1]:
-        return CorrelationDimension(0.0, (0.0, 0.0))
-    rng = generator(seed, "correlation dimension")
-    points = points / points.std(0)
+        return NeighbourDimension(0.0, (0.0, 0.0))
+    rng = generator(seed, "neighbour dimension")
     points = points[torch.randperm(len(points), generator=rng)[: options.most_targets]]
-    distances = torch.cdist(points, points)
-    value = box_dimension(distances, options)
-    halves = []
+    # The mean square distance between two copies of a point.
+    least = math.sqrt(2 * noise)
+    distances = torch.cdist(points, points).square_().sub_(2 * noise).clamp_min_(0).sqrt_()
+    # Noise along one component makes no second one.
+    most = points.shape[1]
+    value = min(most, box_dimension(distances, least, options))
+    halves: list[float] = []
     for _ in range(options.half_samples):
         half = torch.randperm(len(points), generator=rng)[: len(points) // 2]
-        halves.append(box_dimension(distances[half][:, half], options))
-    # The spread of half-samples about the whole is that of whole samples about the truth.
-    spread = 1.645 * float(torch.tensor(halves).sub(value).square().mean().sqrt())
-    return CorrelationDimension(value, (max(0.0, value - spread), value + spread))
+        halves.append(min(most, box_dimension(distances[half][:, half], least, options)))
+    # The spread of half-samples is that of whole samples about the truth.
+    spread = 1.645 * float(torch.tensor(halves, dtype=torch.float64).std())
+    return NeighbourDimension(float(value), (max(0.0, value - spread), value + spread))
 
 
-def _points(gradients: Gradients, options: CorrelationOptions) -> torch.Tensor | None:
+def _points(gradients: Gradients, options: NeighbourOptions) -> tuple[torch.Tensor, float] | None:
     """Coordinates, float64 (G, V), of the G realizations with enough gradients along the V components that count.
 
-    None where `correlation_dimension` is.
+    And the variance of their noise, summed over these components. None where `neighbour_dimension` is.
     """
     if len(gradients.levels) > 1:
         gradients = gradients.at_levels(gradients.levels[:1])
@@ -146,10 +156,12 @@ def _points(gradients: Gradients, options: CorrelationOptions) -> torch.Tensor |
     eigenvalues, axes = descending(variance)
     expected = (chance @ axes).mul_(axes).sum(0)
     edge = chance_edge(len(axes), count, groups.freedom, options.chance_rate) - 1
-    counts = (eigenvalues > options.least_std**2) & (eigenvalues > edge * expected)
+    counts = eigenvalues > edge * expected
     basis = eigenvectors @ axes[:, counts]
     points = torch.empty(count, basis.shape[1], dtype=torch.float64)
-    return filled(points, (means[groups.enough[numbers]] @ basis for numbers, means, _ in groups.means()))
+    filled(points, (means[groups.enough[numbers]] @ basis for numbers, means, _ in groups.means()))
+    seen = float(groups.sizes[groups.enough].double().mean()) / len(groups.source_sizes)
+    return points, float(expected[counts].sum()) * max(0.0, 1 - seen)
 
 
 def _variances(groups: _Groups, eigenvectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -220,7 +232,7 @@ class _Groups:
         return sums.div_(sizes[:, None])
 
 
-def _grouped(gradients: Gradients, options: CorrelationOptions) -> _Groups:
+def _grouped(gradients: Gradients, options: NeighbourOptions) -> _Groups:
     targets, target, sizes = gradients.targets.unique(return_inverse=True, return_counts=True)
     source = torch.cat([gradients.sources.new_zeros(1), gradients.sources.diff().ne(0).cumsum(0)])
     source_sizes = source.bincount()
@@ -257,42 +269,72 @@ def chance_edge(size: int, points: int, freedom: int, rate: float = _DEFAULTS.ch
     return math.exp(centre + scale * float(TRACY_WIDOM.ppf(1 - rate))) * freedom / (points - 1)
 
 
-def correlation_slope(distances: torch.Tensor, near: float = _DEFAULTS.near, far: float = _DEFAULTS.far) -> float:
-    """Growth of the number of neighbours with the distance, both as logarithms.
+def local_dimension(distances: torch.Tensor, neighbours: int = _DEFAULTS.neighbours, least: float = 0.0) -> float:
+    """The most likely dimension of points whose density is even about each of them.
 
-    ln(far/near) / ln(r(far)/r(near)), r(q) being the distance below which a share q of all pairs lies.
+    Beyond `least`, the logarithms of the distances r of a point's neighbours below that of its last one, R, are
+    exponential with the dimension as their rate, cut off at ln(R/least).
 
     Args:
-        distances: (n, n) between points, symmetric.
-        near: the lower share.
-        far: the higher share.
+        distances: float64 (n, n) between points, symmetric.
+        neighbours: number of nearest neighbours of each point that are used, beyond `least`.
+        least: distances up to this are left out.
 
     Returns:
-        The slope; 0 where the distances give none.
+        The dimension; 0 where no point has so many neighbours, or all of them are equally far away.
     """
-    upper = torch.ones_like(distances, dtype=torch.bool).triu(1)
-    pairs = distances[upper].sort().values
-    lower, higher = (float(pairs[round(share * (len(pairs) - 1))]) for share in (near, far))
-    return math.log(far / near) / math.log(higher / lower) if higher > lower > 0 else 0.0
+    beyond = distances.clone().fill_diagonal_(0)
+    beyond[beyond <= least] = math.inf
+    if len(beyond) < neighbours:
+        return 0.0
+    near = beyond.topk(neighbours, dim=1, largest=False).values
+    near = near[torch.isfinite(near[:, -1])]
+    logs = (near[:, -1:] / near[:, :-1]).log().numpy()
+    if not logs.size or not logs.sum() > 0:
+        return 0.0
+    mean = float(logs.mean())
+    if not least:
+        return 1 / mean
+    ends = (near[:, -1] / least).log().numpy()
+
+    def excess(rate: float) -> float:
+        """The expected mean less the observed one."""
+        return float(1 / rate - np.mean(ends / np.expm1(np.minimum(rate * ends, 700)))) - mean
+
+    # Without the cut the rate would be higher. Where the least expects less already, no rate is positive.
+    least_rate = 1e-6
+    return float(brentq(excess, least_rate, 1 / mean)) if excess(least_rate) > 0 else 0.0
 
 
-def box_dimension(distances: torch.Tensor, options: CorrelationOptions = _DEFAULTS) -> float:
-    """Dimension of the cube whose evenly drawn points have the same `correlation_slope`.
+def box_dimension(distances: torch.Tensor, least: float = 0.0, options: NeighbourOptions = _DEFAULTS) -> float:
+    """Dimension of the cube whose evenly drawn points have the same `local_dimension`.
 
     Args:
-        distances: (n, n) between points, symmetric.
+        distances: float64 (n, n) between points, symmetric.
+        least: distances up to this are left out. Of the cube's, as large a share is.
         options: constants of the method.
     """
-    slopes = _slopes_of_cubes(options)
-    slope = correlation_slope(distances, options.near, options.far)
-    return float(np.interp(slope, slopes, np.arange(len(slopes))))
+    count = len(distances)
+    within = int((distances <= least).sum()) - count if least else 0
+    share = round(_SHARES * within / max(count * (count - 1), 1)) / _SHARES
+    value = local_dimension(distances, options.neighbours, least)
+    sizes, values = _values_of_cubes(count, options.neighbours, share, options.highest)
+    return float(np.interp(value, values, sizes))
 
 
 @functools.cache
-def _slopes_of_cubes(options: CorrelationOptions) -> np.ndarray:
-    """Slopes of evenly drawn points in cubes of 0 to `highest` dimensions, ascending."""
-    slopes = [0.0]
-    for size in range(1, options.highest + 1):
-        points = torch.rand(options.cube_points, size, generator=generator(0, "cube", size), dtype=torch.float64)
-        slopes.append(correlation_slope(torch.cdist(points, points), options.near, options.far))
-    return np.maximum.accumulate(slopes)
+def _values_of_cubes(count: int, neighbours: int, share: float, highest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Dimensions from 0 to `highest`, and the mean `local_dimension` of points in cubes of these, ascending."""
+    sizes = sorted({*range(1, 13), *np.geomspace(12, max(highest, 13), 8).round().astype(int).tolist()})
+    sizes = [size for size in sizes if size <= highest]
+    values = []
+    for size in sizes:
+        found = []
+        for number in range(max(1, _CUBE_POINTS // count)):
+            rng = generator(0, f"cube {size}", number)
+            points = torch.rand(count, size, generator=rng, dtype=torch.float64)
+            distances = torch.cdist(points, points)
+            least = float(distances[~torch.eye(count, dtype=torch.bool)].quantile(share)) if share else 0.0
+            found.append(local_dimension(distances, neighbours, least))
+        values.append(float(np.mean(found)))
+    return np.array([0, *sizes]), np.maximum.accumulate([0.0, *values])

@@ -11,8 +11,9 @@ half of the nouns on which nothing is chosen (bench/portraits.py), means over se
 
 Beside them what others estimate: the published estimates from the same gradients; the maximum likelihood of
 scikit-dimension on the images' latents, with as many neighbours; and FLIPD (arXiv 2406.03537) of the model at each
-image, at the noise level that ranks the first half best. Collections are kept in bench/results/collections, and a
-second run goes on where the first stopped. Figures go to bench/results/complexity.json.
+image, at the noise level that ranks the first half best (the lowest of several). The last two are of the first seed
+only. Collections are kept in bench/results/collections, and a second run goes on where the first stopped. Figures go
+to bench/results/complexity.json.
 """
 
 from __future__ import annotations

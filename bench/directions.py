@@ -3,11 +3,11 @@
     python -m bench.directions            all concepts with several open factors, about half an hour on two cores
     python -m bench.directions --few 1    one concept of each half, to see that it runs
 
-For every concept the leading `LEADING` directions of each method are found on the teacher and applied to images whose
-noise no direction was found on. Of each direction:
+For every concept with `SEVERAL` open factors or more the leading `LEADING` directions of each method are found on the
+teacher and applied to images whose noise no direction was found on. Of each direction:
 
 * purity: the share of its movement that goes to the factor that it moves most;
-* coverage: how many of the concept's open factors some direction moves by `MOVED` or more;
+* coverage: the share of the concept's open factors that some direction moves by `MOVED` or more;
 * valid: the share of images at both ends that are portraits of the world.
 
 A direction that moves little looks pure, so all are compared at the same change: of each such a strength is taken, and

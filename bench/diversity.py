@@ -21,7 +21,7 @@ What each method changes, image by image:
 * natural: response directions, all at once, each in proportion to how far the teacher's images lie along it.
 * early: the same on the first two of the four steps only; first: on the first only.
 * words: the same along told opposites, as Fit Word Directions finds them.
-* random: a random direction of the concept's row, of the same lengths as PCA's.
+* random: a random direction of the concept's row, drawn as PCA's.
 * uniform: SeedVarianceEnhancer's recipe, uniform noise on a random half of all embedding values, first fifth of steps.
 * rows: noise on every row of the prompt, whose norm is kept (the variation node proposed for ComfyUI's core).
 * cads: noise annealed away over the steps, rescaled to the mean and deviation of the rows (arXiv 2310.17347).

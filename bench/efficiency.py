@@ -6,7 +6,7 @@
 Every call counts: a forward pass is one, a backward pass is one, and realizations cost their steps. The published
 recipe (10,000 realizations of 20 steps, 30,000 gradients of random pairs) is held against cheaper ones. All are
 compared with a reference of other realizations and other noise, by reconstruction and hallucination
-(elrond_core.subspace), for two sets of directions:
+(elrond_core.measure.subspace), for two sets of directions:
 
 * significant: those of the published rule, by which each sample decides for itself how many it has;
 * all: as many as stand above the reference's noise floor (elrond_core.dimension), the same number for every sample.

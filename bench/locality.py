@@ -114,7 +114,7 @@ def _root(squares: torch.Tensor) -> float:
 def main() -> None:
     """Measure, and keep the figures."""
     files = sorted((ROOT / "demo" / "directions").glob("*.safetensors"))
-    figures = {path.stem: of_file(path) for path in files}
+    figures: dict[str, Any] = {path.stem: of_file(path) for path in files}
     RESULTS.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
 

@@ -38,7 +38,8 @@ SIZE, BATCH = 64, 64
 # Nouns that mean the same as another are left out: they would put one concept into both halves.
 SYNONYMS = ("human", "guy", "lady")
 CONCEPTS = tuple(noun for noun in OPEN if noun not in SYNONYMS)
-# Steps of a model when a bench samples it, fewer than the teacher's twenty: the same for all that is compared.
+# Steps of realizations and of steered images, fewer than the teacher's twenty. bench/diversity.py samples its points as
+# the demo does.
 STEPS = {"teacher": 10, "student": 4}
 
 
@@ -163,7 +164,8 @@ def moved(low: Factors, high: Factors) -> dict[str, float]:
     """How far each factor moves between the pictures of two conditionings and the same seeds, between 0 and 1.
 
     Continuous factors: the distance that the mean moves, in the factor's range. Categorical ones: the probability that
-    moves from some values to others (total variation). Both without what would move by chance.
+    moves from some values to others (total variation). Squares are without what would move by chance. The roots of
+    those that come out negative are 0, so that what does not move keeps a little.
     """
     out = {name: _moved(high[name] - low[name]) for name in CONTINUOUS}
     for name, kinds in CATEGORICAL.items():

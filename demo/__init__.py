@@ -1,1 +1,1 @@
-"""The model that ships with the project: a small labelled world, a teacher and a distilled student."""
+"""The model that ships with the project: drawn portraits, a teacher and a distilled student."""

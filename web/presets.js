@@ -20,8 +20,8 @@ const WHEN = {
 const LITTLE = "a little";
 const BASE = "as varied as the base model";
 const WILD = "wild";
-// Multiples of the base model's variety. At 0.3 the demo's distilled model is as varied as its base model
-// (`python -m bench.diversity`): what is drawn adds to the variety that the images have.
+// Multiples of the base model's variety: what is drawn adds to the variety that the images have. How far 0.3 goes on
+// the demo's distilled model, docs/panel.md says.
 const natural = (strength) => ({ how: "natural", lowest: strength, highest: strength, total: 0 });
 const NATURAL = { [LITTLE]: natural(0.1), [BASE]: natural(0.3), [WILD]: natural(0.7) };
 // For directions along which that variety is not known.

@@ -71,7 +71,7 @@ def discover(run: Run) -> np.ndarray:
 
 def steer(run: Run) -> np.ndarray:
     """A row a setting."""
-    rows = ["as it is", "against direction 0", "along direction 0", "along 0 and 1"]
+    rows = ["as it is", "against direction 1", "along direction 1", "along 1 and 2"]
     return contact_sheet(run.images("Four rows of four"), rows, [""] * 4, "the same noise in every row", cell=112)
 
 

@@ -110,7 +110,8 @@ def neighbour_dimension(
         options: constants of the method.
 
     Returns:
-        The dimension; None without probes, or if too few realizations are the target of enough gradients.
+        The dimension; None without probes, if too few realizations are the target of enough gradients, or if too few
+        of them differ by more than their noise.
 
     Raises:
         ElrondError: if a gradient or probe is not finite, or all are the same.
@@ -123,19 +124,24 @@ def neighbour_dimension(
         return NeighbourDimension(0.0, (0.0, 0.0))
     rng = generator(seed, "neighbour dimension")
     points = points[torch.randperm(len(points), generator=rng)[: options.most_targets]]
-    # The mean square distance between two copies of a point.
+    # The root of the mean square distance between two copies of a point.
     least = math.sqrt(2 * noise)
-    distances = torch.cdist(points, points).square_().sub_(2 * noise).clamp_min_(0).sqrt_()
-    # Noise along one component makes no second one.
-    most = points.shape[1]
-    value = min(most, box_dimension(distances, least, options))
-    halves: list[float] = []
+    # Products of matrices would lose the small distances to rounding.
+    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    distances.square_().sub_(2 * noise).clamp_min_(0).sqrt_().fill_diagonal_(0)
+    found_value = box_dimension(distances, least, options)
+    halves = []
     for _ in range(options.half_samples):
         half = torch.randperm(len(points), generator=rng)[: len(points) // 2]
-        halves.append(min(most, box_dimension(distances[half][:, half], least, options)))
+        halves.append(box_dimension(distances[half][:, half], least, options))
+    if math.isnan(found_value) or any(map(math.isnan, halves)):
+        return None
+    # Noise along one component makes no second one.
+    most = min(points.shape[1], options.highest)
+    value = min(float(most), found_value)
     # The spread of half-samples is that of whole samples about the truth.
     spread = 1.645 * float(torch.tensor(halves, dtype=torch.float64).std())
-    return NeighbourDimension(float(value), (max(0.0, value - spread), value + spread))
+    return NeighbourDimension(value, (max(0.0, value - spread), min(float(most), value + spread)))
 
 
 def _points(gradients: Gradients, options: NeighbourOptions) -> tuple[torch.Tensor, float] | None:
@@ -147,7 +153,7 @@ def _points(gradients: Gradients, options: NeighbourOptions) -> tuple[torch.Tens
         gradients = gradients.at_levels(gradients.levels[:1])
     groups = _grouped(gradients, options)
     count = int(groups.enough.sum())
-    if not len(gradients.probes) or count < options.least_targets or groups.freedom < 1:
+    if not len(gradients.probes) or min(count, groups.freedom) < options.least_targets:
         return None
     most = max(1, groups.freedom // options.gradients_per_component)
     eigenvectors = components(gradients).eigenvectors[:, :most]
@@ -160,8 +166,9 @@ def _points(gradients: Gradients, options: NeighbourOptions) -> tuple[torch.Tens
     basis = eigenvectors @ axes[:, counts]
     points = torch.empty(count, basis.shape[1], dtype=torch.float64)
     filled(points, (means[groups.enough[numbers]] @ basis for numbers, means, _ in groups.means()))
-    seen = float(groups.sizes[groups.enough].double().mean()) / len(groups.source_sizes)
-    return points, float(expected[counts].sum()) * max(0.0, 1 - seen)
+    # Each mean is over a sample of the noised realizations; where these are the same for all, it has no noise.
+    of_all = 1 / (float((1 / groups.sizes[groups.enough]).mean()) * len(groups.source_sizes)) if groups.shared else 0.0
+    return points, float(expected[counts].sum()) * max(0.0, 1 - of_all)
 
 
 def _variances(groups: _Groups, eigenvectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -281,17 +288,17 @@ def local_dimension(distances: torch.Tensor, neighbours: int = _DEFAULTS.neighbo
         least: distances up to this are left out.
 
     Returns:
-        The dimension; 0 where no point has so many neighbours, or all of them are equally far away.
+        The dimension; NaN where no point has so many neighbours, or they are spread like those of no dimension.
     """
     beyond = distances.clone().fill_diagonal_(0)
     beyond[beyond <= least] = math.inf
     if len(beyond) < neighbours:
-        return 0.0
+        return math.nan
     near = beyond.topk(neighbours, dim=1, largest=False).values
     near = near[torch.isfinite(near[:, -1])]
     logs = (near[:, -1:] / near[:, :-1]).log().numpy()
     if not logs.size or not logs.sum() > 0:
-        return 0.0
+        return math.nan
     mean = float(logs.mean())
     if not least:
         return 1 / mean
@@ -301,23 +308,28 @@ def local_dimension(distances: torch.Tensor, neighbours: int = _DEFAULTS.neighbo
         """The expected mean less the observed one."""
         return float(1 / rate - np.mean(ends / np.expm1(np.minimum(rate * ends, 700)))) - mean
 
-    # Without the cut the rate would be higher. Where the least expects less already, no rate is positive.
-    least_rate = 1e-6
-    return float(brentq(excess, least_rate, 1 / mean)) if excess(least_rate) > 0 else 0.0
+    # Without the cut the rate would be higher: 1 / mean, which rounding may make the root itself. Where the least
+    # expects less already, no rate is positive.
+    lowest, highest = 1e-6, 1 / mean
+    if excess(lowest) <= 0:
+        return math.nan
+    return highest if excess(highest) >= 0 else float(brentq(excess, lowest, highest))
 
 
 def box_dimension(distances: torch.Tensor, least: float = 0.0, options: NeighbourOptions = _DEFAULTS) -> float:
-    """Dimension of the cube whose evenly drawn points have the same `local_dimension`.
+    """Dimension of the cube whose evenly drawn points have the same `local_dimension`; NaN where that is.
 
     Args:
         distances: float64 (n, n) between points, symmetric.
         least: distances up to this are left out. Of the cube's, as large a share is.
         options: constants of the method.
     """
+    value = local_dimension(distances, options.neighbours, least)
+    if math.isnan(value):
+        return value
     count = len(distances)
     within = int((distances <= least).sum()) - count if least else 0
-    share = round(_SHARES * within / max(count * (count - 1), 1)) / _SHARES
-    value = local_dimension(distances, options.neighbours, least)
+    share = round(_SHARES * within / (count * (count - 1))) / _SHARES
     sizes, values = _values_of_cubes(count, options.neighbours, share, options.highest)
     return float(np.interp(value, values, sizes))
 
@@ -336,5 +348,5 @@ def _values_of_cubes(count: int, neighbours: int, share: float, highest: int) ->
             distances = torch.cdist(points, points)
             least = float(distances[~torch.eye(count, dtype=torch.bool)].quantile(share)) if share else 0.0
             found.append(local_dimension(distances, neighbours, least))
-        values.append(float(np.mean(found)))
+        values.append(0.0 if np.isnan(found).all() else float(np.nanmean(found)))
     return np.array([0, *sizes]), np.maximum.accumulate([0.0, *values])

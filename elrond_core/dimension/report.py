@@ -93,7 +93,10 @@ class LIDReport:
 
     def _neighbour_text(self) -> str:
         if self.neighbour is None or self.neighbour_interval is None:
-            return "not known: it takes gradients with their response, towards 30 realizations or more, several to each"
+            return (
+                "not known: it takes gradients with their response, towards 30 realizations or more, so many to each "
+                "that the differences stand out of their noise"
+            )
         if self.neighbour == 0:
             return "0: to the word they differ by no more than chance"
         if self.neighbour >= self.options.highest:

@@ -86,9 +86,9 @@ def test_masks_compose_with_chains_other_masks_and_entries(teacher: SimpleNamesp
         [tensor, {**options, "mask": wide, "mask_strength": 0.5}],
         [stock[0], {**stock[1], "mask": everywhere}],
     ]
-    ball = estimate(teacher, [stock])
+    other = estimate(teacher, [stock])
     blend = left * one + (1 - left) * plain
-    check(estimate(teacher, apply(entries, 0, 0.5, LEFT)), (0.5 * top * blend + ball) / (0.5 * top + 1))
+    check(estimate(teacher, apply(entries, 0, 0.5, LEFT)), (0.5 * top * blend + other) / (0.5 * top + 1))
     marked = [[tensor, {**options, "mask": TOP}], [tensor * 0.9, {**options, "mask": 1 - TOP}]]
     steered, still = (estimate(teacher, p) for p in (apply(marked, 0, 0.5, None), marked))
     check(estimate(teacher, apply(marked, 0, 0.5, LEFT)), left * steered + (1 - left) * still)
@@ -132,8 +132,8 @@ def test_masks_that_change_nothing(teacher: SimpleNamespace, apply: Any) -> None
             assert torch.equal(rows, expected[0][0]) and kept.get("mask") is own.get("mask")
     # An entry that acts nowhere still does, and the host is given no more than one of it.
     nowhere = [[tensor, {**options, "mask": TOP * 0}]]
-    ball = host.encode(teacher.clip, "a blue lady")
-    assert torch.equal(estimate(teacher, apply(nowhere, 0, 0.5, LEFT) + ball), estimate(teacher, ball))
+    other = host.encode(teacher.clip, "a blue lady")
+    assert torch.equal(estimate(teacher, apply(nowhere, 0, 0.5, LEFT) + other), estimate(teacher, other))
     check(estimate(teacher, apply(nowhere, 0, 0.5, LEFT)), estimate(teacher, nowhere))
 
 

@@ -14,8 +14,9 @@ counts if the points' variance along it exceeds what the scatter of the gradient
 
 If every gradient has its own noised realization, the points scatter with all that differs between noised realizations,
 most of all in distilled models, whose estimates are images from the first step on. To near neighbours, that noise looks
-like many dimensions. Its variance follows from the same scatter. It is taken from the squared distances, and neighbours
-that are nearer than two copies of one point would be are left out: the likelihood is that of distances beyond.
+like many dimensions. Its variance follows from the same scatter. What of it is across the manifold is taken from the
+squared distances, and neighbours that are nearer than two copies of one point would be are left out: the likelihood is
+that of distances beyond.
 
 A few noised realizations should therefore be compared with all others. A gradient is linear in the image that it points
 to (it is the Jacobian's product with a difference), so the mean over the same noised realizations is a linear picture
@@ -124,10 +125,13 @@ def neighbour_dimension(
         return NeighbourDimension(0.0, (0.0, 0.0))
     rng = generator(seed, "neighbour dimension")
     points = points[torch.randperm(len(points), generator=rng)[: options.most_targets]]
-    # The root of the mean square distance between two copies of a point.
-    least = math.sqrt(2 * noise)
     # Products of matrices would lose the small distances to rounding.
     distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    if noise:
+        # Noise along the manifold only blurs where its points are; what is across it looks like more dimensions.
+        noise *= max(0.0, 1 - box_dimension(distances, 0.0, options) / points.shape[1])
+    # The root of the mean square distance between two copies of a point, across the manifold.
+    least = math.sqrt(2 * noise)
     distances.square_().sub_(2 * noise).clamp_min_(0).sqrt_().fill_diagonal_(0)
     found_value = box_dimension(distances, least, options)
     halves = []

@@ -12,9 +12,9 @@ teacher and applied to images whose noise no direction was found on. Of each dir
 
 A direction that moves little looks pure, so all are compared at the same change: of each such a strength is taken, and
 its negative, that the image changes, by the model's response at the first step, as much as along the median principal
-component at `STRENGTH` token norms; `FURTHEST` at most. All concepts are measured; `purity` and `purity_vs_pca` are of
-the half on which nothing is chosen. Figures go to bench/results/directions.json, and a second run goes on where the
-first stopped.
+component at `STRENGTH` token norms; `FURTHEST` at most. The response has the ridge of Fit Response Directions, which
+shortens steps along which the model hardly answers. `purity` and `purity_vs_pca` are of the half on which nothing is
+chosen. Figures go to bench/results/directions.json, and a second run goes on where the first stopped.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ METHODS: dict[str, Fit] = {
 
 
 def changes(gradients: Gradients, vectors: torch.Tensor) -> torch.Tensor:
-    """How much the image changes at the first step along unit vectors of (K, d) directions: (K,)."""
+    """How much the image changes at the first step along unit vectors of (K, d) directions, with the ridge: (K,)."""
     unit = torch.nn.functional.normalize(vectors.double(), dim=1)
     return (unit @ components(gradients).cholesky).norm(dim=1)
 

@@ -373,18 +373,19 @@ OURS = ("pca", "sae", "natural", "early", "first", "words", "early_group")
 
 
 def summary(curves: dict[str, dict[str, list[dict[str, float]]]]) -> dict[str, Any]:
-    """Each method at the strength that the first half chooses, on the second half."""
+    """Each method at the strength, and ours at the method, that the first half chooses, on the second half."""
     first, second = curves["first"], curves["second"]
     least = first["student"][0]["alignment"] - LOSS
     student, teacher = second["student"][0], second["teacher"][0]
     of: dict[str, Any] = {}
+    chosen: dict[str, float] = {}
     for method in METHODS:
         good = [i for i, p in enumerate(first[method]) if p["alignment"] >= least]
         if not good:
             of[method] = None
             continue
-        best = max(good, key=lambda i: first[method][i]["diversity"])
-        seen = second[method][best]
+        place = max(good, key=lambda i: first[method][i]["diversity"])
+        seen = second[method][place]
         of[method] = {
             "strength": seen["strength"],
             "share_of_teacher": seen["diversity"] / teacher["diversity"],
@@ -392,12 +393,12 @@ def summary(curves: dict[str, dict[str, list[dict[str, float]]]]) -> dict[str, A
             "alignment_loss": student["alignment"] - seen["alignment"],
             "validity_loss": student["validity"] - seen["validity"],
         }
-    ours = {m: of[m] for m in OURS if of[m]}
-    best = max(ours, key=lambda m: ours[m]["share_of_teacher"], default=None)
+        chosen[method] = first[method][place]["diversity"]
+    best = max((method for method in OURS if method in chosen), key=chosen.__getitem__, default=None)
     return {
         "best": best,
-        "diversity_share_of_teacher_at_1pct": ours[best]["share_of_teacher"] if best else None,
-        "validity_loss": ours[best]["validity_loss"] if best else None,
+        "diversity_share_of_teacher_at_1pct": of[best]["share_of_teacher"] if best else None,
+        "validity_loss": of[best]["validity_loss"] if best else None,
         "student_share_of_teacher": student["diversity"] / teacher["diversity"],
         "methods": of,
     }

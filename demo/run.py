@@ -341,9 +341,7 @@ def best_directions(table: list[dict[str, Any]]) -> dict[str, Any]:
         row = max(table, key=lambda row: row["moved"][name])
         best[name] = {"direction": row["direction"], "name": row["name"], "moved": row["moved"][name]}
         if name in CONTINUOUS:
-            row = max(table, key=lambda row: abs(row["rho"][name]))
-            best[name] |= {"direction": row["direction"], "name": row["name"], "rho": row["rho"][name]}
-            best[name]["moved"] = row["moved"][name]
+            best[name]["rho"] = row["rho"][name]
     return best
 
 

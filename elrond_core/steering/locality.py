@@ -16,9 +16,6 @@ from ..collect.differentiate import Denoiser
 from ..errors import ElrondError
 from ..seeding import normal
 
-# Share of an image's largest answer below which a cell does not answer: about the precision of 16 bits.
-_NONE = 1e-3
-
 
 def sensitivity_maps(
     denoiser: Denoiser,
@@ -91,8 +88,8 @@ def region(maps: torch.Tensor, threshold: float = 0.0, grow: int = 0) -> torch.T
         cut = threshold * first.amax((1, 2))
     else:
         # What answers most, a face, answers many times as much as the rest of the concept: in logarithms both are on
-        # one side of the division. Below `_NONE` of the largest answer, halves round to zero.
-        least = _NONE * first.amax((1, 2), keepdim=True)
+        # one side of the division. An answer that is rounded to zero counts as the least of the others.
+        least = torch.where(first > 0, first, torch.inf).amin((1, 2), keepdim=True)
         logs = first.maximum(least).double().log()
         cut = torch.stack([otsu(image) for image in logs]).exp().to(first)
     relative = maps / maps.mean((2, 3), keepdim=True)

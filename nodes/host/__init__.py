@@ -3,6 +3,7 @@
 from .conditioning import MARK, MarkedPrompt, check_one_image, mark, marked
 from .denoiser import HostDenoiser, with_denoiser
 from .features import image_features, through_features
+from .guiding import Guide, with_guides
 from .image_clip import ImageClip
 from .matching import RowFinder, Text
 from .parts import resized, steer_conditioning, steer_over_time
@@ -30,6 +31,7 @@ __all__ = [
     "HOST",
     "MARK",
     "EncodedPrompt",
+    "Guide",
     "HostDenoiser",
     "ImageClip",
     "ImageNode",
@@ -75,6 +77,7 @@ __all__ = [
     "through_features",
     "training_device",
     "with_denoiser",
+    "with_guides",
     "with_links",
     "work_name",
 ]

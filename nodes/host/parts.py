@@ -25,7 +25,7 @@ from .conditioning import MARK, PART, Conditioning, MarkedPrompt, PerImage, mark
 
 # Gap between two entries, as a share of the sampling: a hundredth of one of a thousand timesteps. Two entries that meet
 # at a step would both act there, and be averaged.
-_GAP = 1e-5
+GAP = 1e-5
 # Start and end as shares of the sampling, and the change of the rows between them.
 Change = tuple[float, float, torch.Tensor]
 
@@ -96,10 +96,10 @@ class Part:
         low, high = max(first, self.start), min(last, self.end)
         if low >= high:
             # An entry that ends before it starts never acts. A later node may widen it.
-            return {"start_percent": high + _GAP, "end_percent": high}
+            return {"start_percent": high + GAP, "end_percent": high}
         window: dict[str, float] = {}
         if low > 0:
-            window["start_percent"] = low + (_GAP if low > first else 0.0)
+            window["start_percent"] = low + (GAP if low > first else 0.0)
         if high < 1:
             window["end_percent"] = high
         return window

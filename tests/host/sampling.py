@@ -19,8 +19,10 @@ def sample(
     start: int | None = None,
     end: int | None = None,
     latents: torch.Tensor | None = None,
+    cfg: float = 1.0,
+    negative: Any = None,
 ) -> torch.Tensor:
-    """Latents from pure noise, by Euler steps and without guidance, in inference mode as the executor does.
+    """Latents from pure noise, by Euler steps, in inference mode as the executor does.
 
     With `start` and `end` only these of the steps, from the noisy `latents` that an earlier part left.
     """
@@ -31,11 +33,11 @@ def sample(
             model,
             noise,
             steps,
-            1.0,
+            cfg,
             "euler",
             "simple",
             positive,
-            positive,
+            positive if negative is None else negative,
             latents,
             start_step=start,
             last_step=end,

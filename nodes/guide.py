@@ -1,0 +1,119 @@
+"""GuideDirections: directions to a model that goes along them by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..elrond_core.directions import Directions
+from ..elrond_core.steering.draws import check_share
+from . import host
+from .steering import concept_and_norm
+from .types import ABSOLUTE, CONCEPT_INPUT, UNIT_INPUT, DirectionsIO, first_error, in_unit
+from .widget_text import strengths_of, windows_of
+
+
+class GuideDirections(io.ComfyNode):
+    """Guide a model's estimates along directions."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="ElrondGuideDirections",
+            display_name="Guide Along Directions (ELROND)",
+            category="ELROND",
+            description="Steers more precisely than Apply Direction, for more time: at each step of the sampling the "
+            "model is asked once more for each direction, and the image changes only where the direction changes it "
+            "most. Connect the result to the sampler, and the same prompt as before.",
+            **host.search_aliases("slider", "sliders", "concept slider", "semantic guidance", "SEGA", "precise"),
+            inputs=[
+                io.Model.Input("model", tooltip="The model that samples."),
+                DirectionsIO.Input("directions", tooltip="From Fit PCA, Train SAE or Load Directions."),
+                io.Int.Input("index", default=0, min=0, max=65535, tooltip="Which direction; 0 is the first."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-1000.0,
+                    max=1000.0,
+                    step=0.05,
+                    tooltip="How far to go; negative goes the other way, 0 changes nothing. Two to three times as much "
+                    "as in Apply Direction changes about as much.",
+                ),
+                UNIT_INPUT,
+                io.Boolean.Input(
+                    "local",
+                    default=True,
+                    tooltip="Change each image only where the direction changes it most. Off: everywhere.",
+                ),
+                io.Float.Input(
+                    "start",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the sampling at which steering starts.",
+                ),
+                io.Float.Input(
+                    "end",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the sampling at which steering ends.",
+                ),
+                CONCEPT_INPUT,
+                io.String.Input(
+                    "strengths",
+                    default="",
+                    optional=True,
+                    tooltip="Several directions at once, as in 0: 0.5, 3: -0.2. If there are any, they take the place "
+                    "of index and strength. Each changes its own part of the image.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The guided model, for the sampler.")],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, start: float | None = None, end: float | None = None, strengths: str | None = None
+    ) -> bool | str:
+        """Refuse what can be seen to be wrong before anything is computed."""
+        return first_error((strengths_of, strengths), (check_share, start, end))
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        directions: Directions,
+        index: int,
+        strength: float,
+        unit: str,
+        local: bool,
+        start: float,
+        end: float,
+        concept: str,
+        strengths: str = "",
+    ) -> io.NodeOutput:
+        """Patch the model."""
+        amounts = in_unit(directions, strengths_of(strengths) or {index: strength}, unit)
+        own = windows_of(strengths)
+
+        def guide(number: int, amount: float) -> host.Guide:
+            first, last = own.get(number, (start, end))
+            check_share(first, last)
+            step = amount * directions.pick(number)
+
+            def change(prompt: host.MarkedPrompt) -> tuple[tuple[int, ...], torch.Tensor, float]:
+                target, norm = concept_and_norm(prompt, directions, concept)
+                return target.rows, (1.0 if unit == ABSOLUTE else norm) * step, norm
+
+            return host.Guide(change, first, last)
+
+        guides = [guide(number, amount) for number, amount in amounts.items() if amount]
+        return io.NodeOutput(host.with_guides(model, guides, local) if guides else model)
+
+
+NODES = [GuideDirections]

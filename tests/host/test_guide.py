@@ -1,0 +1,229 @@
+"""Guidance along directions, through the host's own sampling, against Apply Direction and against a plain loop."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.samplers
+import pytest
+import torch
+from comfyui_elrond.elrond_core.directions import Directions
+from comfyui_elrond.elrond_core.errors import ElrondError
+from comfyui_elrond.elrond_core.provenance import Provenance
+from comfyui_elrond.elrond_core.steering.guidance import LONGEST
+from comfyui_elrond.elrond_core.storage.format import load_directions
+from comfyui_elrond.nodes import host
+
+sys.path.append(str(Path(__file__).parent))
+
+import comfy_extras.nodes_custom_sampler as custom
+import families
+from sampling import sample
+
+import nodes as stock
+
+SHIPPED = Path(__file__).parents[2] / "demo" / "directions" / "demo person.safetensors"
+STEPS = 4
+# Short enough that guidance takes the whole step.
+SHORT = 0.9 * LONGEST
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Directions:
+    return load_directions(SHIPPED)
+
+
+@pytest.fixture
+def apply(nodes: dict[str, Any], shipped: Directions) -> Any:
+    def run(positive: Any, index: int = 0, strength: float = SHORT, start: float = 0.0, end: float = 1.0) -> Any:
+        node = nodes["ElrondApplyDirection"]
+        return node.execute(positive, shipped, index, strength, "token norms", start, end, "").args[0]
+
+    return run
+
+
+@pytest.fixture
+def guide(nodes: dict[str, Any], teacher: SimpleNamespace, shipped: Directions) -> Any:
+    def run(strength: float = SHORT, local: bool = False, model: Any = None, **settings: Any) -> Any:
+        values = {"index": 0, "unit": "token norms", "start": 0.0, "end": 1.0, "concept": "", **settings}
+        model = teacher.model if model is None else model
+        return nodes["ElrondGuideDirections"].execute(model, shipped, strength=strength, local=local, **values).args[0]
+
+    return run
+
+
+def random_directions(rows: int, width: int, family: str = "") -> Directions:
+    vectors = torch.randn(2, rows, width, generator=torch.Generator().manual_seed(3))
+    vectors = vectors / vectors.flatten(1).norm(dim=1)[:, None, None]
+    return Directions(vectors, torch.ones(2), {"name": "pca"}, Provenance(family))
+
+
+def images(model: Any, positive: Any, count: int = 2, steps: int = STEPS, **more: Any) -> Any:
+    noise = torch.randn(count, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    return sample(model, positive, noise, steps, **more)
+
+
+def check(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def differs(found: torch.Tensor, other: torch.Tensor) -> bool:
+    return float((found - other).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_short_steps_everywhere_are_those_of_apply_direction(
+    teacher: SimpleNamespace, apply: Any, guide: Any, cfg: float
+) -> None:
+    settings = {"cfg": cfg, "negative": host.encode(teacher.clip, "a blue lady")}
+    found = images(guide(), teacher.positive, **settings)
+    check(found, images(teacher.model, apply(teacher.positive), **settings))
+    assert differs(found, images(teacher.model, teacher.positive, **settings))
+
+
+@pytest.mark.parametrize("window", [(0.0, 0.5), (0.25, 0.75), (0.5, 1.0), (0.3, 0.31)])
+def test_acts_in_the_same_steps_as_apply_direction(
+    teacher: SimpleNamespace, apply: Any, guide: Any, window: tuple[float, float]
+) -> None:
+    start, end = window
+    for steps in (4, 7):
+        found = images(guide(start=start, end=end), teacher.positive, steps=steps)
+        check(found, images(teacher.model, apply(teacher.positive, start=start, end=end), steps=steps))
+
+
+def test_a_direction_has_a_window_of_its_own(teacher: SimpleNamespace, apply: Any, guide: Any) -> None:
+    found = images(guide(strengths=f"0: {SHORT} @ 0-0.5"), teacher.positive)
+    check(found, images(teacher.model, apply(teacher.positive, end=0.5)))
+
+
+@pytest.mark.parametrize("family", families.FAMILIES, ids=lambda family: family.name)
+def test_short_steps_are_those_of_apply_direction_on_every_family(nodes: dict[str, Any], family: Any) -> None:
+    """The rows of a family reach its model in a way of their own; here they do so twice."""
+    model, positive = families.build(family), families.prompt(family)
+    latents = families.latents(family)
+    marked = positive[0][1][host.MARK]
+    found = random_directions(len(marked.concepts[0].rows), positive[0][0].shape[-1], marked.family)
+    change = nodes["ElrondApplyDirection"].execute(positive, found, 0, SHORT, "token norms", 0.0, 1.0, "").args[0]
+    guided = nodes["ElrondGuideDirections"].execute(model, found, 0, SHORT, "token norms", False, 0.0, 1.0, "").args[0]
+    sampled = [sample(m, p, latents, 1) for m, p in ((guided, positive), (model, change), (model, positive))]
+    torch.testing.assert_close(sampled[0], sampled[1], rtol=1e-3, atol=1e-4)
+    assert not torch.equal(sampled[1], sampled[2])
+
+
+def by_hand(teacher: SimpleNamespace, shipped: Directions, strengths: dict[int, float]) -> torch.Tensor:
+    """The first estimate, guided by a loop over directions, images and cells."""
+    noise = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def estimate(index: int, strength: float) -> torch.Tensor:
+        tensor, options = teacher.positive[0]
+        prompt = options[host.MARK]
+        rows = tensor.clone()
+        rows[:, list(prompt.concepts[0].rows)] += strength * prompt.norms[0] * shipped.pick(index)
+        return sample(teacher.model, [[rows, options]], noise, 1)
+
+    plain = estimate(0, 0.0)
+    out = plain.clone()
+    for index, strength in strengths.items():
+        step = LONGEST if strength > 0 else -LONGEST
+        change = (estimate(index, step) - plain) * strength / step
+        for image in change:
+            energies = sorted(float(e) for e in image.square().mean(0).flatten())
+            best = max(
+                range(1, len(energies)),
+                key=lambda n, e=energies: (  # type: ignore[misc]
+                    n * (len(e) - n) * (sum(e[:n]) / n - sum(e[n:]) / (len(e) - n)) ** 2
+                ),
+            )
+            image[:, image.square().mean(0) < energies[best]] = 0
+        out += change
+    return out
+
+
+def test_each_direction_changes_its_own_part(teacher: SimpleNamespace, shipped: Directions, guide: Any) -> None:
+    strengths = {0: 1.5, 1: -2.0}
+    text = ", ".join(f"{index}: {strength}" for index, strength in strengths.items())
+    found = images(guide(local=True, strengths=text), teacher.positive, steps=1)
+    expected = by_hand(teacher, shipped, strengths)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3)
+    plain = images(teacher.model, teacher.positive, steps=1)
+    unchanged = (found - plain).abs().amax(1) < 1e-6
+    assert 0.2 < float(unchanged.float().mean()) < 0.95
+
+
+def test_changes_are_in_proportion_to_long_strengths(teacher: SimpleNamespace, guide: Any) -> None:
+    plain, one, two = (images(guide(strength, True), teacher.positive, steps=1) for strength in (0.0, 1.0, 2.0))
+    torch.testing.assert_close(two - plain, 2 * (one - plain), rtol=1e-3, atol=1e-3)
+
+
+def test_images_of_a_batch_do_not_know_of_each_other(teacher: SimpleNamespace, guide: Any) -> None:
+    model = guide(2.0, True)
+    check(images(model, teacher.positive, 3)[:2], images(model, teacher.positive, 2))
+
+
+def test_composes_with_diversify_masks_and_other_guides(
+    teacher: SimpleNamespace, nodes: dict[str, Any], shipped: Directions, apply: Any, guide: Any
+) -> None:
+    settings = {"seed": 1, "lowest": 0.4, "highest": 0.6, "unit": "token norms", "mix": 1, "leading": 3}
+    settings |= {"both_signs": True, "start": 0.0, "end": 0.5, "concept": ""}
+    diverse = nodes["ElrondDiversify"].execute(teacher.positive, shipped, 2, **settings).args[0]
+    masked = stock.ConditioningSetMask().append(teacher.positive, torch.ones(1, 8, 8).triu(), "default", 0.8)[0]
+    for positive in (diverse, masked):
+        check(images(guide(), positive), images(teacher.model, apply(positive)))
+    both = images(guide(model=guide(), index=1), teacher.positive, steps=1)
+    one, other, none = (images(m, teacher.positive, steps=1) for m in (guide(), guide(index=1), guide(0.0)))
+    check(both - none, one - none + other - none)
+
+
+def test_works_with_a_guider_of_another_node(teacher: SimpleNamespace, apply: Any, guide: Any) -> None:
+    noise = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    sigmas = comfy.samplers.calculate_sigmas(teacher.model.get_model_object("model_sampling"), "simple", STEPS)
+
+    def run(model: Any, positive: Any) -> torch.Tensor:
+        guider = custom.Guider_Basic(model)
+        guider.set_conds(positive)
+        return guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, seed=1)
+
+    check(run(guide(), teacher.positive), run(teacher.model, apply(teacher.positive)))
+
+
+def test_leaves_the_given_model_alone_and_nothing_behind(teacher: SimpleNamespace, guide: Any) -> None:
+    before = images(teacher.model, teacher.positive)
+    guided = guide()
+    images(guided, teacher.positive)
+    assert torch.equal(images(teacher.model, teacher.positive), before)
+    ((prepare,),) = guided.wrappers["outer_sample"].values()
+    assert prepare.__self__._running == []
+    # A sampling that fails leaves nothing behind either.
+    with pytest.raises(ElrondError):
+        images(guided, host.encode(teacher.clip, "a person"))
+    assert prepare.__self__._running == []
+
+
+def test_nodes_between_it_and_the_sampler_keep_it(teacher: SimpleNamespace, guide: Any) -> None:
+    """They clone the model, with deep copies of its options."""
+    found = images(guide().clone().clone(), teacher.positive)
+    check(found, images(guide(), teacher.positive))
+    assert differs(found, images(teacher.model, teacher.positive))
+
+
+def test_nothing_to_do_is_the_model_itself(teacher: SimpleNamespace, guide: Any) -> None:
+    assert guide(0.0) is teacher.model
+
+
+def test_refuses_what_does_not_fit(teacher: SimpleNamespace, nodes: dict[str, Any], shipped: Directions) -> None:
+    node = nodes["ElrondGuideDirections"]
+    settings = {"unit": "token norms", "local": True, "start": 0.0, "end": 1.0, "concept": ""}
+    with pytest.raises(ElrondError, match="There is no direction 999"):
+        node.execute(teacher.model, shipped, 999, 1.0, **settings)
+    with pytest.raises(ElrondError, match="no marked concept 'dog'"):
+        images(node.execute(teacher.model, shipped, 0, 1.0, **{**settings, "concept": "dog"}).args[0], teacher.positive)
+    with pytest.raises(ElrondError, match="no marked concept: connect one from Encode Concept"):
+        images(node.execute(teacher.model, shipped, 0, 1.0, **settings).args[0], host.encode(teacher.clip, "a person"))
+    with pytest.raises(ElrondError, match="belong to another model family"):
+        images(node.execute(teacher.model, random_directions(1, 8), 0, 1.0, **settings).args[0], teacher.positive)
+    assert node.validate_inputs(start=0.6, end=0.5) != True  # noqa: E712
+    assert node.validate_inputs(strengths="0: x") != True  # noqa: E712
+    assert node.validate_inputs(start=0.0, end=0.5, strengths="0: 1, 2: -3 @ 0.2-0.4") is True

@@ -16,6 +16,7 @@ from typing import Any
 from demo import host
 
 # isort: split
+import comfy.sample
 import torch
 
 from demo.evaluate import Demo
@@ -158,6 +159,19 @@ def sampled(model: str, conditionings: torch.Tensor, seeds: int, seed: int) -> t
         return demo.latents(rows, seed, noise.repeat(len(conditionings), 1, 1, 1))
     finally:
         demo.settings = before
+
+
+def guided(model: str, patched: Any, positive: Any, seeds: int, seed: int) -> torch.Tensor:
+    """Latents of a conditioning by a patched MODEL, from the noise of `sampled`."""
+    demo = demo_of(model)
+    noise = normal((LATENT_CHANNELS, 8, 8), seed, "noise", list(range(seeds)))
+    settings = demo.settings
+    how = (STEPS[model], settings.cfg, settings.sampler, settings.scheduler)
+    with torch.inference_mode():
+        latents = comfy.sample.sample(
+            patched, noise, *how, positive, positive, torch.zeros_like(noise), disable_pbar=True, seed=seed
+        )
+    return latents.float().cpu().clone()
 
 
 def moved(low: Factors, high: Factors) -> dict[str, float]:

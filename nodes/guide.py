@@ -70,7 +70,7 @@ class GuideDirections(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip="Several directions at once, as in 0: 0.5, 3: -0.2. If there are any, they take the place "
-                    "of index and strength. Each changes its own part of the image.",
+                    "of index and strength. Each changes its own part of the image. The panel's sliders write here.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The guided model, for the sampler.")],

@@ -1,4 +1,4 @@
-// A list of the directions of a file, on Load Directions and Apply Direction: names, stars, scores, thumbnails, sliders.
+// A list of the directions of a file, on Load Directions and the nodes that steer along it: names, stars, scores, thumbnails, sliders.
 //
 // Everything it does goes through the nodes' plain widgets and /elrond/…, so graphs work the same without it.
 
@@ -10,7 +10,7 @@ import { makeWhen } from "./presets.js";
 import { format, parse, round } from "./values.js";
 
 const LOAD = "ElrondLoadDirections";
-const APPLY = "ElrondApplyDirection";
+const STEERING = ["ElrondApplyDirection", "ElrondGuideDirections"];
 const CLOSED_HEIGHT = 34;
 const LEAST_WIDTH = 360;
 const MOST_ROWS = 6;
@@ -25,7 +25,7 @@ let lists = 0;
 class Panel {
   constructor(node) {
     this.node = node;
-    this.steers = node.comfyClass === APPLY;
+    this.steers = STEERING.includes(node.comfyClass);
     this.file = null; // what /elrond/directions said
     this.problem = ""; // why there is no file
     this.asked = 0;
@@ -516,6 +516,6 @@ app.registerExtension({
     setInterval(() => panels().forEach((panel) => panel.look()), LOOK_EVERY);
   },
   nodeCreated(node) {
-    if (node.comfyClass === LOAD || node.comfyClass === APPLY) node.elrondPanel = new Panel(node);
+    if ([LOAD, ...STEERING].includes(node.comfyClass)) node.elrondPanel = new Panel(node);
   },
 });

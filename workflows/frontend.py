@@ -22,6 +22,7 @@ TALLER = 12
 TALL = {
     "ElrondLoadDirections": 118,
     "ElrondApplyDirection": 360,
+    "ElrondGuideDirections": 360,
     "ElrondDiversify": 480,
     "SaveImage": 320,
     "PreviewAny": 200,

@@ -15,8 +15,9 @@ import torch
 
 from .locality import otsu
 
-# The longest step of the rows that is tried, in token norms.
-LONGEST = 0.2
+# The longest step of the rows that is tried, in token norms. Shorter ones are nearer to proportion, but the change that
+# they make is lost in the rounding of models that compute in half precision.
+LONGEST = 0.5
 
 
 def shortened(strength: float, longest: float = LONGEST) -> float:
@@ -36,18 +37,17 @@ def change_of_estimate(before: torch.Tensor, after: torch.Tensor, factor: float,
     """What guidance adds to the clean estimate.
 
     Args:
-        before: float (N, C, …, H, W), the estimate of the prompt as it is.
+        before: float (N, C, …), the estimate of the prompt as it is.
         after: the same of the prompt after the short step.
         factor: see `shortened`.
-        local: change only the cells of each image whose mean squared change is above Otsu's threshold.
+        local: change only those places of each image whose change, squared and averaged over channels, is above the
+            threshold of Otsu for this image.
 
     Returns:
-        float32 (N, C, …, H, W); 0 in the other cells.
+        float32 (N, C, …); 0 in the other places.
     """
     change = after.float() - before.float()
     if local:
-        energy = change.square().flatten(1, -3).mean(1)
-        cut = torch.stack([otsu(image) for image in energy])
-        inside = energy > cut[:, None, None]
-        change = change * inside.reshape(len(change), *[1] * (change.ndim - 3), *inside.shape[1:])
+        energy = change.square().mean(1, keepdim=True)
+        change = change * torch.stack([image > otsu(image) for image in energy])
     return factor * change

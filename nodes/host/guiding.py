@@ -119,13 +119,13 @@ def _acts(guide: Guide, sampling: Any, sigma: float) -> bool:
 
 def _after_short_step(positive: list[dict[str, Any]], guide: Guide) -> tuple[float, list[dict[str, Any]]]:
     """The factor of a guide (see `shortened`), and a prompt's entries whose concept has taken the short step."""
-    factor = 0.0
+    found = {number: guide.change(entry[MARK]) for number, entry in enumerate(positive) if MARK in entry}
+    factor = max(shortened(float(change.norm()) / norm) for _, change, norm in found.values())
     entries = []
-    for entry in positive:
+    for number, entry in enumerate(positive):
         new = {**entry, "uuid": uuid.uuid4()}
-        if MARK in entry:
-            rows, change, norm = guide.change(entry[MARK])
-            factor = factor or shortened(float(change.norm()) / norm)
+        if number in found:
+            rows, change, _ = found[number]
             tensor = entry["cross_attn"]
             steered = steer(plain(tensor), rows, change / factor)
             new["cross_attn"] = steered.as_subclass(PerImage) if isinstance(tensor, PerImage) else steered

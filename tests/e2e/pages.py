@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,15 @@ def graph(file: str) -> dict[str, Any]:
     }
 
 
+def guided(file: str) -> dict[str, Any]:
+    """The same with Guide Along Directions in the place of Apply Direction."""
+    nodes = graph(file)
+    given = {key: value for key, value in nodes["4"]["inputs"].items() if key != "conditioning"}
+    wires = {"model": ["4", 0], "positive": ["2", 0]}
+    guide = {"class_type": "ElrondGuideDirections", "inputs": {**given, "model": ["1", 0], "local": True}}
+    return {**nodes, "4": guide, "6": {**nodes["6"], "inputs": {**nodes["6"]["inputs"], **wires}}}
+
+
 def swept(file: str) -> dict[str, Any]:
     """A graph that makes thumbnails of the first three directions."""
     settings = {"which": "0-2", "lowest": -0.8, "highest": 0.8, "columns": 3, "unit": "token norms", "seed": 1}
@@ -50,9 +60,9 @@ def swept(file: str) -> dict[str, Any]:
     }
 
 
-def show(page: Any, file: str) -> None:
-    """Open the graph with both panels unfolded, Apply Direction in the middle of the view."""
-    page.evaluate("async (graph) => await window.app.loadApiJson(graph, 'browser')", graph(file))
+def show(page: Any, file: str, nodes: Callable[[str], dict[str, Any]] = graph) -> None:
+    """Open the graph with both panels unfolded, the node that steers in the middle of the view."""
+    page.evaluate("async (graph) => await window.app.loadApiJson(graph, 'browser')", nodes(file))
     page.evaluate(
         """() => {
             const { app } = window;

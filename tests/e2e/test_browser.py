@@ -14,7 +14,7 @@ from demo.server import Server
 from elrond_core.directions import Directions
 from elrond_core.provenance import Provenance
 from elrond_core.storage.format import load_directions, save_directions
-from tests.e2e.pages import ROOT, contrast, graph, overlapping, queued, run, shot, show, strengths, swept
+from tests.e2e.pages import ROOT, contrast, graph, guided, overlapping, queued, run, shot, show, strengths, swept
 
 NAMES = ["complexity", "discover", "diversify", "steer"]
 
@@ -127,6 +127,17 @@ def test_randomise_moves_what_is_on_and_stays_in_its_range(page: Any, stored: st
     assert len(seen) == 5
     page.get_by_role("button", name="Off").click()
     assert strengths(page) == ""
+
+
+def test_a_slider_guides_a_model(page: Any, server: Server, stored: str) -> None:
+    """On Guide Along Directions the sliders are the same, and the prompt stays as it is."""
+    show(page, stored, guided)
+    before = queued(page, server)
+    page.get_by_label("Use direction 0", exact=True).check()
+    page.get_by_label("Strength of direction 0", exact=True).press("End")
+    assert strengths(page) == "0: 1"
+    assert np.abs(queued(page, server) - before).max() > 8
+    shot(page, "guided")
 
 
 def test_a_slider_may_have_ends_of_its_own(page: Any, stored: str) -> None:

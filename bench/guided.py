@@ -40,7 +40,7 @@ def main() -> None:
             steered = apply(prompt, directions, index, strength, "token norms", 0.0, 1.0, "").args[0]
             model = guide(demo.model, directions, index, 2 * strength, "token norms", True, 0.0, 1.0, "").args[0]
             rows += [images(demo.model, steered), images(model, prompt)]
-            name = directions.names[index].split(" → ")[sign > 0]
+            name = directions.names[index].split(" → ")[-1 if sign > 0 else 0] or f"direction {index}"
             titles += [f"{name}\nApply {strength:+g}", f"{name}\nGuide {2 * strength:+g}"]
     columns = [f"image {i}" for i in range(SEEDS)]
     sheet = contact_sheet(torch.cat(rows), titles, columns, "'person': the same images, steered by two nodes", 96)

@@ -25,9 +25,9 @@ class GuideDirections(io.ComfyNode):
             node_id="ElrondGuideDirections",
             display_name="Guide Along Directions (ELROND)",
             category="ELROND",
-            description="Steers more precisely than Apply Direction, for more time: at each step of the sampling the "
-            "model is asked once more for each direction, and the image changes only where the direction changes it "
-            "most. Connect the result to the sampler, and the same prompt as before.",
+            description="Steers a part of the image, for more time than Apply Direction: at each step of the sampling "
+            "the model is asked once more for each direction, and its estimate changes only where the direction changes "
+            "it most. Connect the result to the sampler, and the same prompt as before.",
             **host.search_aliases("slider", "sliders", "concept slider", "semantic guidance", "SEGA", "precise"),
             inputs=[
                 io.Model.Input("model", tooltip="The model that samples."),
@@ -39,8 +39,8 @@ class GuideDirections(io.ComfyNode):
                     min=-1000.0,
                     max=1000.0,
                     step=0.05,
-                    tooltip="How far to go; negative goes the other way, 0 changes nothing. Two to three times as much "
-                    "as in Apply Direction changes about as much.",
+                    tooltip="How far to go; negative goes the other way, 0 changes nothing. About twice as much as in "
+                    "Apply Direction changes about as much.",
                 ),
                 UNIT_INPUT,
                 io.Boolean.Input(

@@ -10,7 +10,8 @@ import { makeWhen } from "./presets.js";
 import { format, parse, round } from "./values.js";
 
 const LOAD = "ElrondLoadDirections";
-const STEERING = ["ElrondApplyDirection", "ElrondGuideDirections"];
+const GUIDE = "ElrondGuideDirections";
+const STEERING = ["ElrondApplyDirection", GUIDE];
 const CLOSED_HEIGHT = 34;
 const LEAST_WIDTH = 360;
 const MOST_ROWS = 6;
@@ -26,6 +27,7 @@ class Panel {
   constructor(node) {
     this.node = node;
     this.steers = STEERING.includes(node.comfyClass);
+    this.guides = node.comfyClass === GUIDE;
     this.file = null; // what /elrond/directions said
     this.problem = ""; // why there is no file
     this.asked = 0;
@@ -236,19 +238,20 @@ class Panel {
 
   /** Both ends of a slider, or of all that have none of their own: what is usable, where that is known. */
   range(index) {
-    const reach = this.unit === "absolute" ? 60 : 1;
+    // Guidance changes about as much at twice the strength.
+    const reach = (this.unit === "absolute" ? 60 : 1) * (this.guides ? 2 : 1);
     return [...(this.kept.ranges?.[index] ?? this.kept.range ?? this.usable(index) ?? [-reach, reach])];
   }
 
-  /** The strengths that Calibrate Directions found usable, in the node's unit; null where that is not known. */
+  /** The strengths that Calibrate Directions found usable with Apply Direction, in the node's unit; null if unknown. */
   usable(index) {
-    const interval = this.unit === "token norms" ? this.file?.directions[index]?.interval : null;
+    const interval = this.unit === "token norms" && !this.guides ? this.file?.directions[index]?.interval : null;
     return interval && interval[0] < interval[1] ? interval.map(round) : null;
   }
 
   /** Strengths of equal change, in the node's unit; none where they are not known. */
   stops(index) {
-    const stops = this.file?.directions[index]?.stops ?? [];
+    const stops = (!this.guides && this.file?.directions[index]?.stops) || [];
     if (this.unit === "token norms") return stops.map(round);
     const middle = (stops.length - 1) / 2;
     return this.unit === "absolute" ? [] : stops.map((_, place) => round((place - middle) / middle));

@@ -3,7 +3,8 @@
 A long step of the rows leaves the region in which the model answers in proportion, and moves more than what the
 direction stands for. So here the rows take a short step only. The change that it makes in the model's estimate is
 multiplied until it is as long as was asked for. And it is made only where it is largest: in each image, and at each
-step of the sampling, in those cells of the latent whose change is above the threshold of Otsu (1979).
+step of the sampling, in those cells of the latent whose change is above the threshold of Otsu (1979). The cells are
+found anew at each step, and later steps see the whole image, so that a little changes elsewhere too.
 
 The estimate is guided in this way by Brack et al. (SEGA, arXiv 2301.12247), who take the change between a text and none
 and keep a share of its largest values that the user chooses.
@@ -33,7 +34,9 @@ def shortened(strength: float, longest: float = LONGEST) -> float:
     return max(1.0, strength / longest)
 
 
-def change_of_estimate(before: torch.Tensor, after: torch.Tensor, factor: float, local: bool) -> torch.Tensor:
+def change_of_estimate(
+    before: torch.Tensor, after: torch.Tensor, factor: float, local: bool, among: torch.Tensor | None = None
+) -> torch.Tensor:
     """What guidance adds to the clean estimate.
 
     Args:
@@ -42,12 +45,20 @@ def change_of_estimate(before: torch.Tensor, after: torch.Tensor, factor: float,
         factor: see `shortened`.
         local: change only those places of each image whose change, squared and averaged over channels, is above the
             threshold of Otsu for this image.
+        among: bool (N, 1, …), the places that are compared, and may change, if `local`; None is all.
 
     Returns:
-        float32 (N, C, …); 0 in the other places.
+        float32 (N, C, …); with `local` 0 in the other places.
     """
     change = after.float() - before.float()
     if local:
         energy = change.square().mean(1, keepdim=True)
-        change = change * torch.stack([image > otsu(image) for image in energy])
+        among = torch.ones_like(energy, dtype=torch.bool) if among is None else among.expand_as(energy)
+        change = change * torch.stack([_largest(*image) for image in zip(energy, among, strict=True)])
     return factor * change
+
+
+def _largest(energy: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+    """Those of some places at which the energy is above Otsu's threshold."""
+    values = energy[among]
+    return among if len(values) < 2 else among & (energy > otsu(values))

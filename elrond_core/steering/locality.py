@@ -111,7 +111,8 @@ def otsu(values: torch.Tensor) -> torch.Tensor:
     Returns:
         A number (), of the values' type.
     """
-    ordered = values.flatten().double().sort().values
+    # On the CPU: values are few, and not every device has doubles.
+    ordered = values.flatten().cpu().double().sort().values
     count = torch.arange(1, len(ordered))
     below = ordered.cumsum(0)[:-1]
     difference = (ordered.sum() - below) / (len(ordered) - count) - below / count

@@ -16,7 +16,7 @@ import comfy.samplers
 import torch
 
 from ...elrond_core.errors import ElrondError
-from .conditioning import IMAGES, PART, PerImage, plain
+from .conditioning import AFTER, IMAGES, PART, PerImage, plain
 
 # Smallest number of images among whose noises a noise is looked for. "Latent From Batch" takes images of a batch of at
 # most this many.
@@ -38,7 +38,21 @@ def _process_conds(original: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     call.arguments["conds"] = {
         kind: _prepared(entries, noise, seed) for kind, entries in call.arguments["conds"].items()
     }
-    return original(*call.args, **call.kwargs)
+    processed = original(*call.args, **call.kwargs)
+    for entries in processed.values():
+        for entry in entries:
+            if AFTER in entry:
+                entry["timestep_start"] = start_after(call.arguments["model"].model_sampling, entry.pop(AFTER))
+    return processed
+
+
+def start_after(sampling: Any, share: float) -> float:
+    """The highest noise level below the one at a share of the sampling, in the precision in which the host compares.
+
+    An entry that ends at this share acts down to its level. One that starts with the next level follows at once.
+    """
+    end = torch.tensor(float(sampling.percent_to_sigma(share)), dtype=torch.float32)
+    return float(torch.nextafter(end, torch.tensor(-torch.inf)))
 
 
 def _prepared(entries: list[dict[str, Any]], noise: torch.Tensor, seed: int | None) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from ...elrond_core.prompt import Concept
 # Keys of an entry's options. The host and its nodes pass unknown keys through.
 MARK = "elrond"  # a `MarkedPrompt`
 PART = "elrond_part"  # a `parts.Part`, if steering has divided the entry
+AFTER = "elrond_after"  # share of the sampling at which the part before this one ends, and it starts
 IMAGES = "elrond_images"  # numbers of the images of a batch that the pack samples
 Conditioning = list[list[Any]]
 

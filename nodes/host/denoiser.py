@@ -32,6 +32,7 @@ from .gradient_patches import (
     normal_copies,
     refuse_opaque,
 )
+from .guiding import without_guides
 from .kernels import plain_kernels
 from .patch_state import PatchState, seeded, without_caches
 from .sampling import own_latents, sigma_of
@@ -314,7 +315,7 @@ def with_denoiser(
     marked(positive)
     check_one_image(positive)
     refuse_opaque(model.model)
-    with differentiable(), plain_kernels(), without_caches(model):
+    with differentiable(), plain_kernels(), without_caches(model), without_guides(model):
         latents = own_latents(model, latents)
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(normal_clone(positive), normal_clone(negative if negative is not None else positive))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.patcher_extension
+import comfy.sampler_helpers
 import comfy.samplers
 import torch
 
@@ -16,7 +20,11 @@ from ...elrond_core.steering.apply import steer
 from ...elrond_core.steering.guidance import change_of_estimate, shortened
 from . import at_sampling
 from .conditioning import MARK, MarkedPrompt, PerImage, plain
-from .parts import GAP
+from .gradient_patches import replaced_attribute
+from .patch_state import is_cache
+
+_OUTER = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
+_KEY, _BEFORE = "elrond guidance", "before"
 
 
 @dataclass(frozen=True)
@@ -49,21 +57,60 @@ def with_guides(model: Any, guides: Sequence[Guide], local: bool) -> Any:
     at_sampling.install()
     guided = model.clone()
     mine = _Guidance(tuple(guides), local)
-    guided.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, mine.key, mine.prepare)
+    guided.add_wrapper_with_key(_OUTER, mine.key, mine.prepare)
+
     # Models are cloned with deep copies of their options. A bound method would be copied with its object; a function is
     # not.
-    guided.set_model_sampler_post_cfg_function(lambda args: mine.guide(args))
+    def guide(args: dict[str, Any]) -> torch.Tensor:
+        return mine.guide(args)
+
+    guide.elrond_guidance = True  # type: ignore[attr-defined]
+    guided.set_model_sampler_post_cfg_function(guide)
     return guided
+
+
+@contextlib.contextmanager
+def without_guides(model: Any) -> Iterator[None]:
+    """Within the context, a MODEL is not guided: an estimate that is differentiated is the prompt's own."""
+    wrappers = model.wrappers.get(_OUTER, {})
+    kept = {key: functions for key, functions in wrappers.items() if not str(key).startswith(_KEY)}
+    if len(kept) == len(wrappers):
+        yield
+        return
+    logging.warning("ELROND: guidance along directions is off while gradients or masks are computed.")
+    after = model.model_options.get("sampler_post_cfg_function", [])
+    after = [function for function in after if not hasattr(function, "elrond_guidance")]
+    options = {**model.model_options, "sampler_post_cfg_function": after}
+    with (
+        replaced_attribute(model, "wrappers", {**model.wrappers, _OUTER: kept}),
+        replaced_attribute(model, "model_options", options),
+    ):
+        yield
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One sampling.
+
+    Attributes:
+        guider: the host's guider.
+        factors: of each guide, see `shortened`.
+        among: bool (N, 1, …), the places that are sampled at all, if some are not.
+    """
+
+    guider: Any
+    factors: list[float]
+    among: torch.Tensor | None
 
 
 class _Guidance:
     """The guides of one node."""
 
     def __init__(self, guides: tuple[Guide, ...], local: bool) -> None:
-        self.key = f"elrond {uuid.uuid4().hex}"
+        self.key = f"{_KEY} {uuid.uuid4().hex}"
         self._guides, self._local = guides, local
-        # The host's guiders of the samplings that run, the innermost last, with the factors of the guides.
-        self._running: list[tuple[Any, list[float]]] = []
+        # The samplings that run, the innermost last.
+        self._running: list[_Run] = []
 
     def prepare(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Wrapper of the host's `outer_sample`: hand it the prompts after a short step beside the others.
@@ -85,7 +132,9 @@ class _Guidance:
             factor, entries = _after_short_step(positive, guide)
             factors.append(factor)
             guider.conds[self._name(number)] = entries
-        self._running.append((guider, factors))
+        guider.conds[self._name(_BEFORE)] = [{**entry, "uuid": uuid.uuid4()} for entry in positive]
+        call = inspect.signature(guider.outer_sample).bind(*args, **kwargs).arguments
+        self._running.append(_Run(guider, factors, _inpainted(call.get("denoise_mask"), call["noise"], guider)))
         try:
             return executor(*args, **kwargs)
         finally:
@@ -96,25 +145,59 @@ class _Guidance:
         estimate: torch.Tensor = args["denoised"]
         if not self._running:
             return estimate
-        guider, factors = self._running[-1]
+        run = self._running[-1]
         model, sigma, given, options = args["model"], args["sigma"], args["input"], args["model_options"]
-        total = torch.zeros_like(estimate, dtype=torch.float32)
-        for number, (guide, factor) in enumerate(zip(self._guides, factors, strict=True)):
-            if not _acts(guide, model.model_sampling, float(sigma.max())):
-                continue
+
+        def estimated(name: str) -> torch.Tensor:
             # One by one: patches of attention take the second prompt of a call for the negative one.
-            (after,) = comfy.samplers.calc_cond_batch(model, [guider.conds[self._name(number)]], given, sigma, options)
-            total += change_of_estimate(args["cond_denoised"], after, factor * args["cond_scale"], self._local)
+            (found,) = comfy.samplers.calc_cond_batch(model, [run.guider.conds[name]], given, sigma, options)
+            return found
+
+        acting = [
+            number
+            for number, guide in enumerate(self._guides)
+            if _acts(guide, model.model_sampling, sigma.flatten()[0])
+        ]
+        if not acting:
+            return estimate
+        if args["cond"] is run.guider.conds["positive"] and not _altered(options):
+            before, cfg = args["cond_denoised"], args["cond_scale"]
+        else:
+            # The host's guider of two prompts hands on the other one, and multiplies this one by its `cfg1`.
+            before, cfg = estimated(self._name(_BEFORE)), getattr(run.guider, "cfg1", args["cond_scale"])
+        total = torch.zeros_like(estimate, dtype=torch.float32)
+        for number in acting:
+            after = estimated(self._name(number))
+            total += change_of_estimate(before, after, run.factors[number] * cfg, self._local, run.among)
         return estimate + total.to(estimate.dtype)
 
-    def _name(self, number: int) -> str:
+    def _name(self, number: int | str) -> str:
         return f"{self.key} {number}"
 
 
-def _acts(guide: Guide, sampling: Any, sigma: float) -> bool:
+def _acts(guide: Guide, sampling: Any, sigma: torch.Tensor) -> bool:
     """Whether a guide acts at a noise level: as an entry of the host with its start and end, see `parts`."""
-    start = guide.start + GAP if guide.start else 0.0
-    return float(sampling.percent_to_sigma(guide.end)) <= sigma <= float(sampling.percent_to_sigma(start))
+    if guide.start and sigma > at_sampling.start_after(sampling, guide.start):
+        return False
+    return not (guide.end < 1 and sigma < float(sampling.percent_to_sigma(guide.end)))
+
+
+def _altered(options: dict[str, Any]) -> bool:
+    """Whether patches may have changed the host's estimate of the prompt, or put an old one in its place."""
+    if options.get("sampler_pre_cfg_function") or "sampler_calc_cond_batch_function" in options:
+        return True
+    of_model = options.get("transformer_options", {})
+    keys = [*of_model, *(key for kind in of_model.get("wrappers", {}).values() for key in kind)]
+    around = options.get("model_function_wrapper")
+    return any(is_cache(key) for key in [*keys, getattr(around, "__qualname__", type(around).__qualname__)])
+
+
+def _inpainted(mask: torch.Tensor | None, noise: torch.Tensor, guider: Any) -> torch.Tensor | None:
+    """Bool (N, 1, …), where a mask of the host lets an image be sampled; None if there is no mask."""
+    if mask is None:
+        return None
+    prepared = comfy.sampler_helpers.prepare_mask(mask, noise.shape, guider.model_patcher.load_device)
+    return prepared.amax(1, keepdim=True) > 0
 
 
 def _after_short_step(positive: list[dict[str, Any]], guide: Guide) -> tuple[float, list[dict[str, Any]]]:

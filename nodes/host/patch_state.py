@@ -24,6 +24,11 @@ _CACHES = re.compile(r"(easy|lazy|tea|mag|block|fb)_?cache", re.IGNORECASE)
 _FRESH = {"running_avg": 0, "running_average": 0, "prev_sigma": None}
 
 
+def is_cache(name: Any) -> bool:
+    """Whether a patch reuses the results of earlier steps, by its name."""
+    return _CACHES.search(str(name)) is not None
+
+
 @contextlib.contextmanager
 def without_caches(model: Any) -> Iterator[None]:
     """Within the context, a MODEL computes every step: patches that reuse earlier results are off."""

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ...elrond_core.errors import ElrondError
-from .conditioning import MARK, Conditioning, MarkedPrompt, marked
+from .at_sampling import start_after
+from .conditioning import AFTER, MARK, Conditioning, MarkedPrompt, marked
 
 
 def acts_at(sampling: Any, options: dict[str, Any], sigma: float) -> bool:
@@ -18,7 +19,8 @@ def acts_at(sampling: Any, options: dict[str, Any], sigma: float) -> bool:
     first, last = _part(options)
     # The host compares in the precision of its sigmas.
     level = torch.tensor(sigma)
-    early = first > 0 and bool(level > sampling.percent_to_sigma(first))
+    start = start_after(sampling, options[AFTER]) if AFTER in options else sampling.percent_to_sigma(first)
+    early = first > 0 and bool(level > start)
     late = last < 1 and bool(level < sampling.percent_to_sigma(last))
     return not (early or late)
 

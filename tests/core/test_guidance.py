@@ -56,6 +56,23 @@ def test_images_do_not_know_of_each_other_and_types_do_not_matter() -> None:
     torch.testing.assert_close(half, 2 * (after - before), rtol=0, atol=0.1)
 
 
-def test_no_change_stays_none() -> None:
-    same = random(2, 4, 8, 8)
-    assert not change_of_estimate(same, same, 5.0, local=True).any()
+def test_only_some_places_are_compared() -> None:
+    """Where an image is not sampled, a large change hides none elsewhere."""
+    before, change = torch.zeros(2, 4, 8, 8), 0.01 * random(2, 4, 8, 8, seed=1)
+    change[..., :2] = 50.0
+    change[..., 6:] = 1.0
+    among = torch.ones(2, 1, 8, 8, dtype=torch.bool)
+    among[..., :2] = False
+    found = change_of_estimate(before, change, 1.0, True, among)
+    expected = change.clone()
+    expected[..., :6] = 0
+    assert torch.equal(found, expected)
+    assert not change_of_estimate(before, change, 1.0, True, torch.zeros_like(among)).any()
+
+
+def test_an_image_that_does_not_change_stays_as_it_is_beside_one_that_does() -> None:
+    before, change = random(2, 4, 8, 8), torch.zeros(2, 4, 8, 8)
+    change[1, :, :3] = 1.0
+    found = change_of_estimate(before, before + change, 5.0, local=True)
+    assert torch.isfinite(found).all() and not found[0].any()
+    torch.testing.assert_close(found[1], 5 * change[1])

@@ -134,8 +134,9 @@ def test_a_slider_guides_a_model(page: Any, server: Server, stored: str) -> None
     show(page, stored, guided)
     before = queued(page, server)
     page.get_by_label("Use direction 0", exact=True).check()
+    # Its sliders go twice as far.
     page.get_by_label("Strength of direction 0", exact=True).press("End")
-    assert strengths(page) == "0: 1"
+    assert strengths(page) == "0: 2"
     assert np.abs(queued(page, server) - before).max() > 8
     shot(page, "guided")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import comfy.sample
 import comfy.samplers
 import pytest
 import torch
@@ -21,6 +22,8 @@ sys.path.append(str(Path(__file__).parent))
 
 import comfy_extras.nodes_custom_sampler as custom
 import families
+from comfy_extras.nodes_apg import APG
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from sampling import sample
 
 import nodes as stock
@@ -84,14 +87,17 @@ def test_short_steps_everywhere_are_those_of_apply_direction(
     assert differs(found, images(teacher.model, teacher.positive, **settings))
 
 
-@pytest.mark.parametrize("window", [(0.0, 0.5), (0.25, 0.75), (0.5, 1.0), (0.3, 0.31)])
+@pytest.mark.parametrize("window", [(0.0, 0.5), (0.25, 0.75), (0.5, 1.0), (0.3, 0.31), (0.0, 0.3), (0.0, 1.0)])
+@pytest.mark.parametrize("shift", [1.0, 1.32, 3.0])
 def test_acts_in_the_same_steps_as_apply_direction(
-    teacher: SimpleNamespace, apply: Any, guide: Any, window: tuple[float, float]
+    teacher: SimpleNamespace, apply: Any, guide: Any, window: tuple[float, float], shift: float
 ) -> None:
+    """Shift 1.32 rounds the first noise level of a flow to just above 1; without one, steps fall onto the ends."""
     start, end = window
-    for steps in (4, 7):
-        found = images(guide(start=start, end=end), teacher.positive, steps=steps)
-        check(found, images(teacher.model, apply(teacher.positive, start=start, end=end), steps=steps))
+    model = ModelSamplingSD3().patch(teacher.model, shift)[0]
+    for steps in (7, 10):
+        found = images(guide(model=model, start=start, end=end), teacher.positive, steps=steps)
+        check(found, images(model, apply(teacher.positive, start=start, end=end), steps=steps))
 
 
 def test_a_direction_has_a_window_of_its_own(teacher: SimpleNamespace, apply: Any, guide: Any) -> None:
@@ -156,11 +162,13 @@ def test_each_direction_changes_its_own_part(teacher: SimpleNamespace, shipped: 
 def test_changes_are_in_proportion_to_long_strengths(teacher: SimpleNamespace, guide: Any) -> None:
     plain, one, two = (images(guide(strength, True), teacher.positive, steps=1) for strength in (0.0, 1.0, 2.0))
     torch.testing.assert_close(two - plain, 2 * (one - plain), rtol=1e-3, atol=1e-3)
+    assert differs(one, plain)
 
 
 def test_images_of_a_batch_do_not_know_of_each_other(teacher: SimpleNamespace, guide: Any) -> None:
     model = guide(2.0, True)
     check(images(model, teacher.positive, 3)[:2], images(model, teacher.positive, 2))
+    assert differs(images(model, teacher.positive, 2), images(teacher.model, teacher.positive, 2))
 
 
 def test_composes_with_diversify_masks_and_other_guides(
@@ -189,6 +197,77 @@ def test_works_with_a_guider_of_another_node(teacher: SimpleNamespace, apply: An
     check(run(guide(), teacher.positive), run(teacher.model, apply(teacher.positive)))
 
 
+@pytest.mark.parametrize("style", ["regular", "nested"])
+def test_works_with_a_guider_of_two_prompts(teacher: SimpleNamespace, apply: Any, guide: Any, style: str) -> None:
+    noise = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    sigmas = comfy.samplers.calculate_sigmas(teacher.model.get_model_object("model_sampling"), "simple", STEPS)
+    other, negative = (host.encode(teacher.clip, text) for text in ("a blue lady", "a wall"))
+
+    def run(model: Any, positive: Any) -> torch.Tensor:
+        guider = custom.DualCFGGuider.execute(model, positive, other, negative, 2.0, 1.5, style).args[0]
+        return guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, seed=1)
+
+    found = run(guide(), teacher.positive)
+    check(found, run(teacher.model, apply(teacher.positive)))
+    assert differs(found, run(teacher.model, teacher.positive))
+
+
+def test_works_beside_patches_of_the_estimates(teacher: SimpleNamespace, apply: Any, guide: Any) -> None:
+    """Adaptive projected guidance changes the prompt's estimate before cfg: that is no part of a direction's change."""
+    settings = {"cfg": 3.0, "negative": host.encode(teacher.clip, "a blue lady"), "steps": 1}
+    other = APG.execute(teacher.model, 0.7, 2.0, 0.0).args[0]
+    plain, steered = (images(teacher.model, p, steps=1) for p in (teacher.positive, apply(teacher.positive)))
+    found = images(guide(model=other), teacher.positive, **settings) - images(other, teacher.positive, **settings)
+    torch.testing.assert_close(found, 3.0 * (steered - plain), rtol=1e-3, atol=1e-3)
+    assert differs(found, torch.zeros_like(found))
+
+
+def test_changes_what_is_inpainted(teacher: SimpleNamespace, guide: Any) -> None:
+    """The largest change is where nothing is sampled; the largest of the rest is made all the same."""
+    noise = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    original = images(teacher.model, teacher.positive)
+    everywhere = images(guide(2.0, True), teacher.positive, steps=1) - images(teacher.model, teacher.positive, steps=1)
+    mask = (everywhere.abs().amax((0, 1)) == 0).float()[None, None]
+    assert 0 < float(mask.mean()) < 1
+
+    def painted(model: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            prompts = (teacher.positive, teacher.positive)
+            return comfy.sample.sample(
+                model,
+                noise,
+                STEPS,
+                1.0,
+                "euler",
+                "simple",
+                *prompts,
+                original,
+                noise_mask=mask,
+                disable_pbar=True,
+                seed=0,
+            )
+
+    change = (painted(guide(2.0, True)) - painted(teacher.model)).abs()
+    assert float((change * mask).max()) > 1e-3
+    assert float((change * (1 - mask)).max()) < 1e-4
+
+
+def test_gradients_and_masks_are_of_the_prompt_as_it_is(teacher: SimpleNamespace, guide: Any) -> None:
+    latents = teacher.realizations["samples"][:2]
+
+    def estimate(model: Any) -> torch.Tensor:
+        sigma = host.sigma_of(model, 0.5)
+
+        def work(denoiser: host.HostDenoiser, scaled: torch.Tensor) -> torch.Tensor:
+            return denoiser.denoised(scaled, sigma, denoiser.rows_at(sigma).expand(2, -1, -1)).detach().clone()
+
+        return host.with_denoiser(model, teacher.positive, None, 1.0, latents, 0, work)
+
+    guided = guide(3.0)
+    assert torch.equal(estimate(guided), estimate(teacher.model))
+    assert differs(images(guided, teacher.positive), images(teacher.model, teacher.positive))
+
+
 def test_leaves_the_given_model_alone_and_nothing_behind(teacher: SimpleNamespace, guide: Any) -> None:
     before = images(teacher.model, teacher.positive)
     guided = guide()
@@ -197,8 +276,10 @@ def test_leaves_the_given_model_alone_and_nothing_behind(teacher: SimpleNamespac
     ((prepare,),) = guided.wrappers["outer_sample"].values()
     assert prepare.__self__._running == []
     # A sampling that fails leaves nothing behind either.
-    with pytest.raises(ElrondError):
-        images(guided, host.encode(teacher.clip, "a person"))
+    failing = guided.clone()
+    failing.set_model_sampler_post_cfg_function(lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        images(failing, teacher.positive)
     assert prepare.__self__._running == []
 
 

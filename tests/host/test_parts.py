@@ -15,12 +15,15 @@ from comfyui_elrond.elrond_core.directions import Directions
 from comfyui_elrond.elrond_core.errors import ElrondError
 from comfyui_elrond.elrond_core.storage.format import load_directions
 from comfyui_elrond.nodes import host
+from comfyui_elrond.nodes.host.schedule import acts_at
 
 sys.path.append(str(Path(__file__).parent))
 
+import comfy.sampler_helpers
 import comfy.samplers
 import comfy_extras.nodes_custom_sampler as custom
 import comfy_extras.nodes_hooks as hooks
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from comfy_extras.nodes_rebatch import LatentRebatch
 from sampling import sample
 
@@ -81,6 +84,25 @@ def latents_after(teacher: SimpleNamespace, positive: Any, steps: int) -> torch.
     """Noisy latents after the first of `STEPS` steps."""
     noise = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
     return sample(teacher.model, positive, noise, STEPS, 0, steps)
+
+
+@pytest.mark.parametrize("shift", [1.0, 1.15, 3.0, 5.7])
+def test_one_entry_acts_at_every_step(teacher: SimpleNamespace, apply: Any, shift: float) -> None:
+    """Also where a step lies on the end of a part, or next to it by rounding: there, no entry acted once."""
+    model = ModelSamplingSD3().patch(teacher.model, shift)[0]
+    sampling = model.get_model_object("model_sampling")
+    network = SimpleNamespace(model_sampling=sampling)
+    noise = torch.zeros(1, 16, 8, 8)
+    for start, end in [(0.0, 0.3), (0.1, 0.7), (0.25, 0.5), (0.05, 0.95), (0.2, 1.0)]:
+        entries = comfy.sampler_helpers.convert_cond(apply(teacher.positive, start, end))
+        found = comfy.samplers.process_conds(network, noise, {"positive": entries}, "cpu")["positive"]
+        assert len(found) == 1 + (start > 0) + (end < 1)
+        for steps in (*range(4, 31), 40, 50, 100):
+            for sigma in comfy.samplers.calculate_sigmas(sampling, "simple", steps)[:-1]:
+                acting = [e for e in found if comfy.samplers.get_area_and_mult(e, noise, sigma[None])]
+                assert len(acting) == 1, (start, end, steps, float(sigma))
+                options = [o for _, o in apply(teacher.positive, start, end)]
+                assert sum(acts_at(sampling, o, float(sigma)) for o in options) == 1
 
 
 def pair(positive: Any, run: Callable[..., Any], *args: Any) -> Any:

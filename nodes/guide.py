@@ -26,8 +26,8 @@ class GuideDirections(io.ComfyNode):
             display_name="Guide Along Directions (ELROND)",
             category="ELROND",
             description="Steers a part of the image, for more time than Apply Direction: at each step of the sampling "
-            "the model is asked once more for each direction, and its estimate changes only where the direction changes "
-            "it most. Connect the result to the sampler, and the same prompt as before.",
+            "the model is asked once more for each direction, and its estimate changes only where the direction "
+            "changes it most. Connect the result to the sampler, and the same prompt as before.",
             **host.search_aliases("slider", "sliders", "concept slider", "semantic guidance", "SEGA", "precise"),
             inputs=[
                 io.Model.Input("model", tooltip="The model that samples."),

@@ -9,6 +9,7 @@ teacher, and applied either way to images whose noise no direction was found on.
 
 * purity: the share of its movement that goes to the factor that it moves most;
 * moved: how far it moves this factor, between 0 and 1;
+* others: how far it moves all other factors together;
 * coverage: the share of the concept's open factors that some direction moves by `MOVED` or more;
 * valid: the share of images that are portraits of the world.
 
@@ -235,6 +236,7 @@ def point(found: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
 
     return {
         "moved": mean(lambda row: max(row["moved"].values())),
+        "others": mean(lambda row: sum(row["moved"].values()) - max(row["moved"].values())),
         "purity": mean(purity),
         "coverage": float(np.mean([coverage(noun, table) for noun, table in found.items()])),
         "valid": mean(lambda row: row["valid"]),

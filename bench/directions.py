@@ -328,7 +328,6 @@ def main() -> None:
         "chosen": "nothing",
         "measured_on": concepts,
         "methods": found,
-        "tables": tables,
     }
     for name, row in found.items():
         print(f"{name:<18}" + "  ".join(f"{key} {value:.3f}" for key, value in row.items() if key != "points"))

@@ -56,7 +56,9 @@ def with_guides(model: Any, guides: Sequence[Guide], local: bool) -> Any:
     """
     at_sampling.install()
     guided = model.clone()
-    mine = _Guidance(tuple(guides), local)
+    # The same in every run of a graph, so that work with this model that was interrupted goes on.
+    earlier = [key for key in guided.wrappers.get(_OUTER, {}) if str(key).startswith(_KEY)]
+    mine = _Guidance(f"{_KEY} {len(earlier)}", tuple(guides), local)
     guided.add_wrapper_with_key(_OUTER, mine.key, mine.prepare)
 
     # Models are cloned with deep copies of their options. A bound method would be copied with its object; a function is
@@ -106,8 +108,8 @@ class _Run:
 class _Guidance:
     """The guides of one node."""
 
-    def __init__(self, guides: tuple[Guide, ...], local: bool) -> None:
-        self.key = f"{_KEY} {uuid.uuid4().hex}"
+    def __init__(self, key: str, guides: tuple[Guide, ...], local: bool) -> None:
+        self.key = key
         self._guides, self._local = guides, local
         # The samplings that run, the innermost last.
         self._running: list[_Run] = []
@@ -133,7 +135,7 @@ class _Guidance:
             factors.append(factor)
             guider.conds[self._name(number)] = entries
         guider.conds[self._name(_BEFORE)] = [{**entry, "uuid": uuid.uuid4()} for entry in positive]
-        call = inspect.signature(guider.outer_sample).bind(*args, **kwargs).arguments
+        call = inspect.signature(comfy.samplers.CFGGuider.outer_sample).bind(guider, *args, **kwargs).arguments
         self._running.append(_Run(guider, factors, _inpainted(call.get("denoise_mask"), call["noise"], guider)))
         try:
             return executor(*args, **kwargs)

@@ -290,6 +290,17 @@ def test_nodes_between_it_and_the_sampler_keep_it(teacher: SimpleNamespace, guid
     assert differs(found, images(teacher.model, teacher.positive))
 
 
+def test_work_with_a_guided_model_goes_on_after_an_interruption(guide: Any) -> None:
+    """It is kept under a fingerprint of the model, which is the same when the graph runs again."""
+
+    def fingerprint(model: Any) -> str:
+        return host.origin(model)["model"]
+
+    first = fingerprint(guide(1.0, model=guide(index=1)))
+    assert fingerprint(guide(1.0, model=guide(index=1))) == first
+    assert first not in (fingerprint(guide(1.5, model=guide(index=1))), fingerprint(guide(1.0)))
+
+
 def test_nothing_to_do_is_the_model_itself(teacher: SimpleNamespace, guide: Any) -> None:
     assert guide(0.0) is teacher.model
 

@@ -16,7 +16,7 @@ import comfy.samplers
 import torch
 
 from ...elrond_core.errors import ElrondError
-from .conditioning import AFTER, IMAGES, PART, PerImage, plain
+from .conditioning import IMAGES, PART, PerImage, end_before, plain
 
 # Smallest number of images among whose noises a noise is looked for. "Latent From Batch" takes images of a batch of at
 # most this many.
@@ -39,10 +39,13 @@ def _process_conds(original: Callable[..., Any], *args: Any, **kwargs: Any) -> A
         kind: _prepared(entries, noise, seed) for kind, entries in call.arguments["conds"].items()
     }
     processed = original(*call.args, **call.kwargs)
+    sampling = call.arguments["model"].model_sampling
     for entries in processed.values():
         for entry in entries:
-            if AFTER in entry:
-                entry["timestep_start"] = start_after(call.arguments["model"].model_sampling, entry.pop(AFTER))
+            share = end_before(entry)
+            # A schedule of text encoder hooks may start later.
+            if share is not None and entry["timestep_start"] == sampling.percent_to_sigma(entry["start_percent"]):
+                entry["timestep_start"] = start_after(sampling, share)
     return processed
 
 

@@ -18,6 +18,9 @@ PART = "elrond_part"  # a `parts.Part`, if steering has divided the entry
 AFTER = "elrond_after"  # share of the sampling at which the part before this one ends, and it starts
 IMAGES = "elrond_images"  # numbers of the images of a batch that the pack samples
 Conditioning = list[list[Any]]
+# Gap between two entries, as a share of the sampling: a hundredth of one of a thousand timesteps. Two entries that meet
+# at a step would both act there, and be averaged. A step may lie within the gap, so `at_sampling` closes it.
+GAP = 1e-5
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,15 @@ class PerImage(torch.Tensor):
                 f"One conditioning is for {few} images and the other for {many}: set Diversify to the same count for "
                 "both."
             ) from error
+
+
+def end_before(options: dict[str, Any]) -> float | None:
+    """The share of the sampling at which the part before an entry's ends, if the entry starts right after it.
+
+    None if it starts otherwise: a later node may have set another start.
+    """
+    share: float | None = options.get(AFTER)
+    return share if share is not None and options.get("start_percent") == share + GAP else None
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:

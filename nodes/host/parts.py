@@ -21,11 +21,8 @@ from ...elrond_core.errors import ElrondError
 from ...elrond_core.steering.apply import steer
 from ...elrond_core.steering.draws import check_share
 from . import at_sampling
-from .conditioning import AFTER, MARK, PART, Conditioning, MarkedPrompt, PerImage, marked, plain
+from .conditioning import AFTER, GAP, MARK, PART, Conditioning, MarkedPrompt, PerImage, end_before, marked, plain
 
-# Gap between two entries, as a share of the sampling: a hundredth of one of a thousand timesteps. Two entries that meet
-# at a step would both act there, and be averaged. A step may lie within the gap, so `at_sampling` closes it.
-_GAP = 1e-5
 # Start and end as shares of the sampling, and the change of the rows between them.
 Change = tuple[float, float, torch.Tensor]
 
@@ -73,10 +70,8 @@ class Part:
             ElrondError: if the entry is a default one and the part is a region.
         """
         limited = {k: v for k, v in options.items() if k not in ("start_percent", "end_percent", AFTER, PART)}
-        first = options.get("start_percent", 0.0)
-        # A later node may have set another start.
-        after = options[AFTER] if AFTER in options and first == options[AFTER] + _GAP else None
-        limited.update(self._window(first, options.get("end_percent", 1.0), after))
+        first, last = options.get("start_percent", 0.0), options.get("end_percent", 1.0)
+        limited.update(self._window(first, last, end_before(options)))
         if self.share is None:
             return {**limited, PART: self}
         if options.get("default"):
@@ -99,10 +94,10 @@ class Part:
         low, high = max(first, self.start), min(last, self.end)
         if low >= high:
             # An entry that ends before it starts never acts. A later node may widen it.
-            return {"start_percent": high + _GAP, "end_percent": high}
+            return {"start_percent": high + GAP, "end_percent": high}
         window: dict[str, float] = {}
         if low > first:
-            window |= {"start_percent": low + _GAP, AFTER: low}
+            window |= {"start_percent": low + GAP, AFTER: low}
         elif low > 0:
             window |= {"start_percent": low} | ({} if after is None else {AFTER: after})
         if high < 1:

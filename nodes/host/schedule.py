@@ -11,7 +11,7 @@ import torch
 
 from ...elrond_core.errors import ElrondError
 from .at_sampling import start_after
-from .conditioning import AFTER, MARK, Conditioning, MarkedPrompt, marked
+from .conditioning import MARK, Conditioning, MarkedPrompt, end_before, marked
 
 
 def acts_at(sampling: Any, options: dict[str, Any], sigma: float) -> bool:
@@ -19,7 +19,10 @@ def acts_at(sampling: Any, options: dict[str, Any], sigma: float) -> bool:
     first, last = _part(options)
     # The host compares in the precision of its sigmas.
     level = torch.tensor(sigma)
-    start = start_after(sampling, options[AFTER]) if AFTER in options else sampling.percent_to_sigma(first)
+    share = end_before(options)
+    start = sampling.percent_to_sigma(first)
+    if share is not None and first == options["start_percent"]:
+        start = start_after(sampling, share)
     early = first > 0 and bool(level > start)
     late = last < 1 and bool(level < sampling.percent_to_sigma(last))
     return not (early or late)

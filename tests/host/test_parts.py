@@ -105,6 +105,24 @@ def test_one_entry_acts_at_every_step(teacher: SimpleNamespace, apply: Any, shif
                 assert sum(acts_at(sampling, o, float(sigma)) for o in options) == 1
 
 
+def test_a_part_starts_where_later_nodes_and_schedules_say(teacher: SimpleNamespace, apply: Any) -> None:
+    """Of two parts that meet at 0.3 the second may be made to start later; then the gap is none of the steering."""
+    sampling = teacher.model.get_model_object("model_sampling")
+    network = SimpleNamespace(model_sampling=sampling)
+    late = apply(teacher.positive, 0.0, 0.3)[1:]
+    assert late[0][1]["start_percent"] > 0.3
+    ranged = stock.ConditioningSetTimestepRange().set_range(late, 0.6, 1.0)[0]
+    scheduled = [[tensor, {**options, "clip_start_percent": 0.6, "clip_end_percent": 1.0}] for tensor, options in late]
+    for positive in (ranged, scheduled):
+        entries = comfy.sampler_helpers.convert_cond(positive)
+        (entry,) = comfy.samplers.process_conds(network, torch.zeros(1, 16, 8, 8), {"positive": entries}, "cpu")[
+            "positive"
+        ]
+        assert entry["timestep_start"] == sampling.percent_to_sigma(0.6)
+        for share, acts in ((0.5, False), (0.59, False), (0.61, True)):
+            assert acts_at(sampling, positive[0][1], float(sampling.percent_to_sigma(share))) == acts
+
+
 def pair(positive: Any, run: Callable[..., Any], *args: Any) -> Any:
     return run(positive, positive, *args)[0]
 

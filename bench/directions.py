@@ -24,8 +24,10 @@ of the factor that the direction moves most, and the images move away from the o
 `contrast_labels_right` is the share of right labels among the directions that move a factor by `MOVED`, labelled or
 not, at the second strength.
 
-Nothing is chosen on these figures. They are of the second half of the concepts (bench/portraits.py). Figures go to
-bench/results/directions.json, and a second run goes on where the first stopped.
+Figures are of the second half of the concepts (bench/portraits.py); how Guide Along Directions works was chosen on the
+first. But methods were compared in two other ways before this one, with figures of two nouns of the second half, and
+that `others` is given was decided when most of them were known. Figures go to bench/results/directions.json, and a
+second run goes on where the first stopped.
 """
 
 from __future__ import annotations
@@ -64,6 +66,10 @@ GUIDED = ("pca", "ica", "response", "words")
 # Strengths of each direction, as shares of that at which all change the image alike; the largest, in token norms.
 LEVELS, TIMES, STRENGTH, FURTHEST = (0.5, 1.0), 2, 0.8, 4.0
 SEEDS, SEED = 24, 7001
+CHOSEN = (
+    "how Guide Along Directions works, on the first half; how methods are compared and `others`, after figures of both "
+    "halves had been seen"
+)
 # So many open factors make a concept whose directions are compared.
 SEVERAL = 4
 # A direction moves a factor if it moves it by this share of the most that it could.
@@ -325,7 +331,7 @@ def main() -> None:
         "contrast_labels_right": {name: row["labels_right"] for name, row in found.items()},
         "weights": portraits.digest(),
         "split": portraits.SPLIT,
-        "chosen": "nothing",
+        "chosen": CHOSEN,
         "measured_on": concepts,
         "methods": found,
     }

@@ -10,8 +10,8 @@ from comfy_api.latest import io
 from ..elrond_core.directions import Directions
 from ..elrond_core.steering.draws import check_share
 from . import host
-from .steering import concept_and_norm
-from .types import ABSOLUTE, CONCEPT_INPUT, UNIT_INPUT, DirectionsIO, first_error, in_unit
+from .steering import START, concept_and_norm, end_input, timed_steps
+from .types import ABSOLUTE, CONCEPT_INPUT, UNIT_INPUT, DirectionsIO, first_error
 from .widget_text import strengths_of, windows_of
 
 
@@ -48,22 +48,8 @@ class GuideDirections(io.ComfyNode):
                     default=True,
                     tooltip="Change each image only where the direction changes it most. Off: everywhere.",
                 ),
-                io.Float.Input(
-                    "start",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of the sampling at which steering starts.",
-                ),
-                io.Float.Input(
-                    "end",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of the sampling at which steering ends.",
-                ),
+                START,
+                end_input(1.0),
                 CONCEPT_INPUT,
                 io.String.Input(
                     "strengths",
@@ -98,21 +84,17 @@ class GuideDirections(io.ComfyNode):
         strengths: str = "",
     ) -> io.NodeOutput:
         """Patch the model."""
-        amounts = in_unit(directions, strengths_of(strengths) or {index: strength}, unit)
-        own = windows_of(strengths)
+        given = strengths_of(strengths) or {index: strength}
 
-        def guide(number: int, amount: float) -> host.Guide:
-            first, last = own.get(number, (start, end))
-            check_share(first, last)
-            step = amount * directions.pick(number)
-
+        def guide(first: float, last: float, step: torch.Tensor) -> host.Guide:
             def change(prompt: host.MarkedPrompt) -> tuple[tuple[int, ...], torch.Tensor, float]:
                 target, norm = concept_and_norm(prompt, directions, concept)
                 return target.rows, (1.0 if unit == ABSOLUTE else norm) * step, norm
 
             return host.Guide(change, first, last)
 
-        guides = [guide(number, amount) for number, amount in amounts.items() if amount]
+        timed = timed_steps(directions, given, unit, windows_of(strengths), (start, end))
+        guides = [guide(first, last, step) for first, last, step in timed if step.any()]
         return io.NodeOutput(host.with_guides(model, guides, local) if guides else model)
 
 

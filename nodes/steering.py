@@ -48,12 +48,13 @@ _FURTHER = 2.0
 # The choices of Diversify's `weights`, as saved graphs name them.
 _WEIGHTS = {"equal": EQUAL, "by score": SCORE, "by firing density": DENSITY}
 
-_START = io.Float.Input(
+START = io.Float.Input(
     "start", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Share of the sampling at which steering starts."
 )
 
 
-def _end(default: float) -> Any:
+def end_input(default: float) -> Any:
+    """The input `end` of a node that steers."""
     tooltip = "Share of the sampling at which steering ends."
     return io.Float.Input("end", default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
 
@@ -84,6 +85,36 @@ def concept_and_norm(prompt: host.MarkedPrompt, directions: Directions, name: st
     return prompt.concepts[index], prompt.norms[index]
 
 
+def timed_steps(
+    directions: Directions,
+    strengths: dict[int, float],
+    unit: str,
+    windows: dict[int, tuple[float, float]],
+    usual: tuple[float, float],
+) -> list[tuple[float, float, torch.Tensor]]:
+    """Start, end and step of each direction that is to be gone along.
+
+    Args:
+        directions: where they are from.
+        strengths: by direction, in `unit`.
+        unit: one of `types.UNITS`.
+        windows: start and end, as shares of the sampling, of the directions that have their own.
+        usual: those of the others.
+
+    Returns:
+        Steps (R, d) in embedding units if `unit` is `ABSOLUTE`, else in token norms.
+
+    Raises:
+        ElrondError: if a direction does not exist, is not calibrated where that is asked for, or ends before it starts.
+    """
+    timed = []
+    for index, amount in in_unit(directions, strengths, unit).items():
+        start, end = windows.get(index, usual)
+        check_share(start, end)
+        timed.append((start, end, amount * directions.pick(index)))
+    return timed
+
+
 class ApplyDirection(io.ComfyNode):
     """Add directions to the concept's rows."""
 
@@ -112,8 +143,8 @@ class ApplyDirection(io.ComfyNode):
                     tooltip="How far to go; negative goes the other way, 0 changes nothing.",
                 ),
                 UNIT_INPUT,
-                _START,
-                _end(1.0),
+                START,
+                end_input(1.0),
                 CONCEPT_INPUT,
                 io.String.Input(
                     "strengths",
@@ -149,12 +180,11 @@ class ApplyDirection(io.ComfyNode):
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         """Steer the marked entries."""
-        amounts = in_unit(directions, strengths_of(strengths) or {index: strength}, unit)
-        own = windows_of(strengths)
-        windows = [own.get(i, (start, end)) for i in amounts]
-        for window in windows:
-            check_share(*window)
-        steps = torch.stack([amount * directions.pick(i) for i, amount in amounts.items()])
+        timed = timed_steps(
+            directions, strengths_of(strengths) or {index: strength}, unit, windows_of(strengths), (start, end)
+        )
+        steps = torch.stack([step for _, _, step in timed])
+        windows = [(first, last) for first, last, _ in timed]
         parts = [(first, last, steps[list(acting)].sum(0)) for first, last, acting in acting_together(windows)]
 
         def changes(prompt: host.MarkedPrompt) -> tuple[tuple[int, ...], list[tuple[float, float, torch.Tensor]]]:
@@ -201,8 +231,8 @@ class Diversify(io.ComfyNode):
                     "leading", default=0, min=0, max=4096, tooltip="Use so many leading directions only; 0 uses all."
                 ),
                 io.Boolean.Input("both_signs", default=True, tooltip="Go either way along a direction."),
-                _START,
-                _end(0.3),
+                START,
+                end_input(0.3),
                 CONCEPT_INPUT,
                 io.Combo.Input(
                     "how",

@@ -1,4 +1,5 @@
-// A list of the directions of a file, on Load Directions and the nodes that steer along it: names, stars, scores, thumbnails, sliders.
+// A list of the directions of a file, on Load Directions and the nodes that steer along them: names, stars, scores,
+// thumbnails, sliders.
 //
 // Everything it does goes through the nodes' plain widgets and /elrond/…, so graphs work the same without it.
 

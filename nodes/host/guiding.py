@@ -21,7 +21,9 @@ from ...elrond_core.steering.guidance import change_of_estimate, shortened
 from . import at_sampling
 from .conditioning import MARK, MarkedPrompt, PerImage, plain
 from .gradient_patches import replaced_attribute
+from .parts import Part
 from .patch_state import is_cache
+from .schedule import acts_at
 
 _OUTER = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 _KEY, _BEFORE = "elrond guidance", "before"
@@ -158,7 +160,8 @@ class _Guidance:
         acting = [
             number
             for number, guide in enumerate(self._guides)
-            if _acts(guide, model.model_sampling, sigma.flatten()[0])
+            # As an entry of the host does that is steered in this part only.
+            if acts_at(model.model_sampling, Part(guide.start, guide.end).limited({}), float(sigma.flatten()[0]))
         ]
         if not acting:
             return estimate
@@ -175,13 +178,6 @@ class _Guidance:
 
     def _name(self, number: int | str) -> str:
         return f"{self.key} {number}"
-
-
-def _acts(guide: Guide, sampling: Any, sigma: torch.Tensor) -> bool:
-    """Whether a guide acts at a noise level: as an entry of the host with its start and end, see `parts`."""
-    if guide.start and sigma > at_sampling.start_after(sampling, guide.start):
-        return False
-    return not (guide.end < 1 and sigma < float(sampling.percent_to_sigma(guide.end)))
 
 
 def _altered(options: dict[str, Any]) -> bool:
